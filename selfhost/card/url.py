@@ -18,6 +18,15 @@ _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443, "ftp": 21, "fi
 _C0_AND_SPACE = "".join(map(chr, range(0x21)))
 _TABS_AND_NEWLINES = {ord(char): None for char in "\t\n\r"}
 
+# What workers publish, already in its written form: it stays as it is, at a tenth of the full parser's cost.
+_OCTET = "(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_LABEL = "(?!xn--)[a-z][a-z0-9-]*"
+_PLAIN = re.compile(
+    rf"(https?)://({_OCTET}(?:\.{_OCTET}){{3}}|{_LABEL}(?:\.{_LABEL})*):([1-9][0-9]{{2,4}})"
+    r"((?:/(?:(?:[A-Za-z0-9_~-]|%(?!2[eE])[0-9A-F]{2})(?:[A-Za-z0-9._~-]|%[0-9A-F]{2})*)?)+)"
+    r"(?:\?([A-Za-z0-9._=&-]*))?"
+)
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 # The percent-encode sets, each on top of C0 controls and everything from U+007F on.
@@ -88,6 +97,13 @@ def parse(text: str) -> Optional[Url]:
     """Return the parsed absolute URL, None if `text` is none."""
     if text.startswith("/"):  # nearly every disk path
         return None
+    plain = _PLAIN.fullmatch(text)
+    if plain is not None and plain[3] != "443" and int(plain[3]) <= 65535:
+        return Url(plain[1], "", plain[2], int(plain[3]), plain[4], plain[5], None)
+    return _parse_any(text)
+
+
+def _parse_any(text: str) -> Optional[Url]:
     text = text.strip(_C0_AND_SPACE).translate(_TABS_AND_NEWLINES)
     match = _SCHEME.match(text)
     if match is None or not _is_unicode(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, Optional
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfhost.card import url as urls
 from selfhost.card.url import basename, is_url, normalize
 
 VECTORS = [
@@ -262,3 +264,35 @@ def test_any_text_is_answered(text: str) -> None:
     if written is not None and written.startswith(("http:", "file:")):
         assert normalize(written) == written
     assert basename(text) is None or basename(text)
+
+
+def test_plain_urls_are_parsed_as_the_full_parser_would() -> None:
+    """The short cut for what workers publish gives what the full parser gives, wherever it is taken."""
+    draw = random.Random(5)
+    hosts = ("h", "a.b", "127.0.0.1", "1.2.3", "256.1.1.1", "x-1.y", "xn--a.b")
+    pieces = (
+        "a",
+        "B.json",
+        ".",
+        "..",
+        "%2e",
+        "%41",
+        "%zz",
+        "/",
+        "//",
+        "~",
+        "?blake3=ab",
+        "#",
+        " ",
+        "é",
+        "\\",
+        "@",
+    )
+    taken = 0
+    for _ in range(5000):
+        tail = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 6)))
+        text = f"http{draw.choice(('', 's'))}://{draw.choice(hosts)}:{draw.choice((80, 123, 443, 8080, 90000))}/{tail}"
+        taken += urls._PLAIN.fullmatch(text) is not None
+        assert urls.parse(text) == urls._parse_any(text), text
+
+    assert taken > 100
