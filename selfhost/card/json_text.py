@@ -180,9 +180,9 @@ def _scaled(value: float, exponent: int) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for node in level for child in _children(node)]
+    level = [value]  # objects and arrays at one depth
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
         if not level:
             return
     raise _no_json(f"nested deeper than {MAX_DEPTH}", value)

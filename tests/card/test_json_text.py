@@ -85,9 +85,9 @@ def test_nesting_ends_at_the_wheels_limit(opening: str, closing: str) -> None:
     """127 levels are read, 128 and very many are a CardError."""
     json_text.loads(opening * 127 + "1" + closing * 127)
 
-    for levels in (128, 100_000):
+    for levels, innermost in ((128, "1"), (128, "[]"), (127, "[]"), (100_000, "1")):
         with pytest.raises(CardError, match="nested deeper than 127"):
-            json_text.loads(opening * levels + "1" + closing * levels)
+            json_text.loads(opening * levels + innermost + closing * levels)
 
 
 def test_repeated_keys_are_remembered() -> None:
