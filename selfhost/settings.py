@@ -1,0 +1,87 @@
+"""What the environment can set, as one frozen value; the only module that reads `os.environ`.
+
+The names and the meaning of their values are Dynamo's (1.6.1), with two differences. Self-hosting is off
+unless it is asked for, as in Dynamo 1.2 and 1.3. A port up to 65535 works and a value that cannot be used is
+a `SettingsError`, where Dynamo's process dies of it. The environment is read when `Settings.from_env` is
+called, never at import; `Settings()` reads nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+from .errors import SettingsError
+
+_ON = frozenset({"1", "true", "yes", "on"})
+_STORE_NAME = "dynamo_store_kv"
+_BACKENDS = ("file", "mem")
+_DIGITS = re.compile(r"[0-9]{1,9}")  # bounded: int() refuses or crawls on thousands of digits
+_NEGATIVE = re.compile(r"-[0-9]+")
+_HOST = re.compile(r"[!-~]+")  # printable ASCII without the space
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set from outside; see `from_env` for the variables."""
+
+    self_host_metadata: bool = False
+    system_host: str = "0.0.0.0"
+    system_port: Optional[int] = None  # None: no status server; 0: any free port
+    advertise_url: Optional[str] = None  # base URL to publish; None: derived from the bound address
+    file_kv: str = "/tmp/" + _STORE_NAME  # noqa: S108 - Dynamo's place; processes meet there
+    discovery_backend: str = "file"  # or "mem"
+
+    @classmethod
+    def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> Settings:
+        """Read the settings from `environ` (None: this process's own, as it is now).
+
+        Raises SettingsError for the first variable whose value cannot be used.
+        """
+        env = os.environ if environ is None else environ
+        return cls(
+            self_host_metadata=env.get("DYN_SELF_HOST_METADATA", "").strip().lower() in _ON,
+            system_host=_host("DYN_SYSTEM_HOST", env) or cls.system_host,
+            system_port=_port("DYN_SYSTEM_PORT", env),
+            advertise_url=env.get("DYN_SYSTEM_ADVERTISE_URL", "").strip() or None,
+            file_kv=env.get("DYN_FILE_KV") or os.path.join(env.get("TMPDIR") or "/tmp", _STORE_NAME),  # noqa: S108
+            discovery_backend=_backend("DYN_DISCOVERY_BACKEND", env),
+        )
+
+
+def _host(variable: str, env: Mapping[str, str]) -> str:
+    """Return the host to bind, "" when none is set; `[::1]` is taken for `::1`."""
+    text = env.get(variable, "").strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    if text and (not _HOST.fullmatch(text) or "/" in text):
+        raise _unusable(variable, env[variable], "an IP address or host name, such as :: or localhost")
+    return text
+
+
+def _port(variable: str, env: Mapping[str, str]) -> Optional[int]:
+    """Return the port, None where no server is wanted (unset, empty or negative)."""
+    text = env.get(variable, "").strip()
+    if not text or _NEGATIVE.fullmatch(text):
+        return None
+    port = int(text) if _DIGITS.fullmatch(text) else -1
+    if not 0 <= port <= 65535:
+        accepted = "1 to 65535, 0 for any free port, or nothing (or a negative number) for no server"
+        raise _unusable(variable, env[variable], accepted)
+    return port
+
+
+def _backend(variable: str, env: Mapping[str, str]) -> str:
+    """Return the name of the discovery backend."""
+    text = env.get(variable, "").strip() or _BACKENDS[0]
+    if text not in _BACKENDS:
+        raise _unusable(variable, env[variable], " or ".join(_BACKENDS))
+    return text
+
+
+def _unusable(variable: str, value: str, accepted: str) -> SettingsError:
+    message = f"{variable}={value!r} cannot be used: expected {accepted}"
+    return SettingsError(message, variable=variable, value=value, accepted=accepted)
