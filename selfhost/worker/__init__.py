@@ -1,0 +1,1 @@
+"""The side of the network that owns the files: pin, register, serve, publish."""

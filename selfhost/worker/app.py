@@ -1,0 +1,73 @@
+"""MetadataApp: the metadata route as a WSGI application, for whatever server already runs in the worker.
+
+Mount it at the root or under any prefix: routing looks at PATH_INFO alone, and nothing in an answer depends
+on the host or the prefix of the request. The same answers as the embedded server's; a plain hit goes straight
+from the registry to `start_response`, everything else through a Werkzeug Response.
+
+No `wsgi.file_wrapper`: servers that send a file with it lose step with the client when the file changes.
+Every body is pinned content; one that comes up short raises, so that the server closes the connection.
+
+Sharing: any number of threads and forked processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from werkzeug.datastructures import EnvironHeaders
+from werkzeug.wrappers import Response
+from werkzeug.wsgi import get_path_info
+
+from .answer import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find
+from .content import Content
+from .registry import MetadataArtifactRegistry
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+PIECE_BYTES = 256 * 1024  # of a range or of a held file; other pinned content leaves as one piece
+_CONDITIONS = ("HTTP_RANGE", "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
+
+
+class MetadataApp:
+    """Serve a registry's files at /v1/metadata/{slug}/{suffix}/{filename}; a WSGI callable."""
+
+    def __init__(self, registry: MetadataArtifactRegistry) -> None:
+        self.registry = registry
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer one request (PEP 3333)."""
+        method = environ["REQUEST_METHOD"]
+        if method not in ("GET", "HEAD"):
+            return _respond(METHOD_NOT_ALLOWED, environ, start_response)
+        artifact = find(self.registry, get_path_info(environ), environ.get("QUERY_STRING", ""))
+        if artifact is None:
+            return _respond(NOT_FOUND, environ, start_response)
+        data = artifact.content.data
+        if data is not None and method == "GET" and not any(name in environ for name in _CONDITIONS):
+            start_response("200 OK", list(artifact.fields))
+            return [data]
+        return _respond(answer_hit(method, artifact, EnvironHeaders(environ)), environ, start_response)
+
+    def __repr__(self) -> str:
+        return f"<MetadataApp {self.registry!r}>"
+
+
+class _Response(Response):
+    default_mimetype = None  # the answer's fields are complete
+    automatically_set_content_length = False
+
+
+def _respond(answer: Answer, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    body: Iterable[bytes] = [answer.body] if answer.body else ()
+    if answer.content is not None:
+        body = _pieces(answer.content, answer.start, answer.stop)
+    response = _Response(body, status=answer.status, headers=list(answer.fields), direct_passthrough=True)
+    return response(environ, start_response)
+
+
+def _pieces(content: Content, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the slice piece by piece; raise OSError in place of a piece that is not what was hashed."""
+    for position in range(start, stop, PIECE_BYTES):
+        yield content.read(position, min(position + PIECE_BYTES, stop))

@@ -1,0 +1,270 @@
+"""The thread behind the status server: waits for sockets, hands events to connections, enforces deadlines.
+
+Sleeps without a timeout while nobody is connected, so an idle server costs its host nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Callable, Optional
+
+from . import http1
+from .answer import FAILED, NOT_FOUND, Answer, answer_hit, find, json_answer, split_target
+from .connection import Connection
+from .poller import READ, new_poller
+from .registry import MetadataArtifactRegistry
+
+logger = logging.getLogger(__name__)
+
+ACCEPTS_PER_TURN = 64
+SWEEP_SECONDS = 0.5  # how late a deadline may be noticed
+PAUSE_SECONDS = 0.2  # before the next try when the process has no descriptor or memory left
+
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nServer: selfhost\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What clients may cost."""
+
+    max_connections: int = 512  # then whoever has waited longest makes room; while all are served, 503
+    idle_seconds: float = 30.0  # without a request
+    head_seconds: float = 10.0  # from a head's first byte to its last
+    stall_seconds: float = 20.0  # without taking a byte of an answer
+    min_bytes_per_second: float = 16 * 1024  # averaged over an answer, after the first stall_seconds
+    linger_seconds: float = 1.0  # after a refusal
+
+
+class EventLoop:
+    """Serve `listener` on a thread of its own until `stop`; owns every socket from here on."""
+
+    def __init__(
+        self,
+        registry: MetadataArtifactRegistry,
+        listener: socket.socket,
+        limits: ServerLimits,
+        endpoints: Callable[[], Mapping[str, str]],
+    ) -> None:
+        self.registry = registry
+        self.limits = limits
+        self.bound: tuple[str, int] = listener.getsockname()[:2]
+        self.connections: set[Connection] = set()
+        self.is_closing = False
+        self._endpoints = endpoints
+        self._listener: Optional[socket.socket] = listener
+        self._accept_at: Optional[float] = None  # while accepting pauses: when to go on
+        self._started_at = time.monotonic()
+        self._stop_at = float("inf")
+        self._sweep_at = 0.0
+        self._date = ""
+        self._date_until = 0.0
+        self._renew_date(self._started_at)
+        self._thread = threading.Thread(target=self._run, name="selfhost-status-server", daemon=True)
+        self._handlers: dict[int, Callable[[float], None]] = {}  # by descriptor; called with the loop's time
+        self._poller = new_poller()
+        try:
+            self._wake_receiver, self._wake_sender = socket.socketpair()
+        except BaseException:
+            self._poller.close()
+            raise
+        try:
+            self._wake_receiver.setblocking(False)
+            self._handle(listener, self._accept)
+            self._handle(self._wake_receiver, self._woken)
+            self._thread.start()
+        except BaseException:
+            self.close_descriptors()
+            raise
+
+    def stop(self, timeout: float) -> None:
+        """End the thread, after at most `timeout` seconds for the answers on their way."""
+        self._stop_at = time.monotonic() + timeout
+        self.is_closing = True
+        try:
+            self._wake_sender.send(b"x")
+        except OSError:  # the thread has ended by itself
+            pass
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout + 2 * SWEEP_SECONDS)
+            if self._thread.is_alive():
+                logger.warning("the status server's thread did not end within %.1f s", timeout)
+
+    def close_descriptors(self) -> None:
+        """Close every socket; for the thread's own end, and for a forked child, which has no such thread."""
+        for connection in list(self.connections):
+            connection.sock.close()
+        self.connections.clear()
+        self._poller.close()
+        for sock in (self._listener, self._wake_receiver, self._wake_sender):
+            if sock is not None:
+                sock.close()
+
+    # -------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._is_done():
+                try:
+                    self._turn()
+                except Exception:  # must not take the server down, whatever it is
+                    logger.exception("the status server goes on after an unexpected error")
+                    time.sleep(PAUSE_SECONDS)
+        finally:
+            self.close_descriptors()
+
+    def _is_done(self) -> bool:
+        return self.is_closing and (not self.connections or time.monotonic() >= self._stop_at)
+
+    def _turn(self) -> None:
+        busy = self.connections or self.is_closing or self._accept_at is not None
+        events = self._poller.poll(SWEEP_SECONDS if busy else None)
+        now = time.monotonic()
+        self._renew_date(now)
+        for fd, _ in events:
+            handler = self._handlers.get(fd)
+            if handler is not None:  # None: closed since, by another event of this turn
+                handler(now)
+        if now >= self._sweep_at:
+            self._sweep(now)
+
+    def _handle(self, sock: socket.socket, handler: Callable[[float], None]) -> None:
+        self._handlers[sock.fileno()] = handler
+        self._poller.register(sock.fileno(), READ)
+
+    def _unhandle(self, sock: socket.socket) -> None:
+        del self._handlers[sock.fileno()]
+        self._poller.unregister(sock.fileno())
+
+    def _woken(self, now: float) -> None:
+        self._wake_receiver.recv(16)
+        self._stop_accepting()
+        for connection in list(self.connections):
+            if not connection.is_sending:  # a request may have come already: it is still answered
+                connection.on_event(now)
+            if not connection.is_sending:
+                connection.close()
+
+    def _sweep(self, now: float) -> None:
+        self._sweep_at = now + SWEEP_SECONDS
+        for connection in [c for c in self.connections if c.deadline < now]:
+            logger.debug("a client was too slow and is disconnected")
+            connection.close()
+        if self._accept_at is not None and now >= self._accept_at and self._listener is not None:
+            self._accept_at = None
+            self._handle(self._listener, self._accept)
+
+    # -------------------------------------------------------------- accepting
+
+    def _accept(self, now: float) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            if self._listener is None:
+                return
+            try:
+                sock, _peer = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):  # nobody there, or gone again
+                return
+            except OSError as error:
+                self._pause_accepting(error, now)
+                return
+            sock.setblocking(False)
+            if len(self.connections) < self.limits.max_connections or self._make_room():
+                connection = Connection(self, sock, now)
+                self.connections.add(connection)
+                connection.on_event(now)  # its request is often there already
+            else:
+                _send_busy(sock)
+
+    def _make_room(self) -> bool:
+        waiting = [connection for connection in self.connections if not connection.is_sending]
+        if waiting:
+            min(waiting, key=lambda connection: connection.deadline).close()
+        return bool(waiting)
+
+    def _pause_accepting(self, error: OSError, now: float) -> None:
+        """Look away from the listener for a moment: out of descriptors, it would be ready again at once."""
+        logger.warning("the status server cannot accept a connection: %s", error)
+        if self._listener is not None:
+            self._unhandle(self._listener)
+            self._accept_at = now + PAUSE_SECONDS
+
+    def _stop_accepting(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            if self._accept_at is None:
+                self._unhandle(listener)
+            self._accept_at = None
+            listener.close()
+
+    # -------------------------------------------------------------- for connections
+
+    def answer(self, request: http1.Request) -> Answer:
+        """Answer any request that has no prepared answer."""
+        try:
+            path, query = split_target(request.target)
+            artifact = find(self.registry, path, query)
+            if artifact is not None:
+                return answer_hit(request.method, artifact, request.fields)
+            return self._health() if path in ("/health", "/live") else NOT_FOUND
+        except (Exception, SystemExit):  # of the host's `endpoints`, say
+            logger.exception("cannot answer %r", request.target)
+            return FAILED
+
+    def _health(self) -> Answer:
+        endpoints = dict(self._endpoints())
+        ready = all(state == "ready" for state in endpoints.values())
+        secs, fraction = divmod(time.monotonic() - self._started_at, 1)
+        uptime = {"secs": int(secs), "nanos": int(fraction * 1e9)}
+        state = {"status": "ready" if ready else "notready", "uptime": uptime, "endpoints": endpoints}
+        return json_answer(200 if ready else 503, state)
+
+    def status_head(self, status: int) -> bytes:
+        """Return the status line and the fields that every answer has."""
+        line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
+        return f"{line}\r\nServer: selfhost\r\nDate: {self._date}\r\n".encode()
+
+    def _renew_date(self, now: float) -> None:
+        if now >= self._date_until:
+            self._date_until = now + 1.0
+            self._date = formatdate(usegmt=True)
+            self.ok_head = self.status_head(200)
+
+    def report(self, error: OSError) -> None:
+        """Log why an answer was cut off: at debug, unless it was the file and not the client."""
+        level = logging.WARNING if error.errno in (errno.ESTALE, errno.EIO) else logging.DEBUG
+        logger.log(level, "an answer was cut off: %s", str(error))  # the error itself would keep the content
+
+    def watch(self, connection: Connection, interest: int, *, known: bool) -> None:
+        """Wait for `interest` on the connection's socket."""
+        fd = connection.sock.fileno()
+        if known:
+            self._poller.modify(fd, interest)
+        else:
+            self._handlers[fd] = connection.on_event
+            self._poller.register(fd, interest)
+
+    def forget(self, connection: Connection, *, watched: bool) -> None:
+        """Drop a connection that is about to close its socket."""
+        self.connections.discard(connection)
+        if watched:
+            self._unhandle(connection.sock)
+
+
+def _send_busy(sock: socket.socket) -> None:
+    with sock:
+        try:
+            sock.send(_BUSY)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(http1.MAX_HEAD_BYTES)  # unread input would turn the close into a reset
+        except OSError:
+            pass

@@ -1,0 +1,225 @@
+"""SystemStatusServer: /v1/metadata, /health and /live from one event-loop thread inside a worker's process.
+
+No general server: GET and HEAD on known routes; anything else is refused and the connection closed. One
+thread, however many clients: each waits in the loop, not in a thread of its own, so a silent, slow or
+hostile one delays nobody. A small answer is prepared once per file and leaves in a single send, a large one
+by sendfile from a sealed file in memory (read and send where the system has neither).
+
+The thread is a daemon that an atexit hook closes and joins: the interpreter joins other threads before any
+atexit hook runs, so nothing could tell a non-daemon thread to end. No exception in it reaches the host.
+
+Sharing: `start` and `close` from any thread. A forked child has no running server: its copies of the
+sockets are closed in the child, which may start a server of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import functools
+import logging
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Callable, Optional
+
+from ..errors import StatusServerError
+from .event_loop import EventLoop, ServerLimits
+from .registry import MetadataArtifactRegistry
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 512  # connections that the kernel keeps for us while we are busy
+# What the kernel holds of an answer that it cannot send yet. Its own limit is 4 MB and more for each slow
+# client, who then takes bytes for long before the socket becomes writable, and would look stalled.
+UNSENT_BYTES = 256 * 1024
+
+
+class SystemStatusServer:
+    """The embedded HTTP server of one process; any number of models share it through their registry.
+
+    `endpoints` is asked at each /health and /live for the state of each endpoint, by name. Nothing is opened
+    before `start`, which raises StatusServerError if the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        registry: MetadataArtifactRegistry,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        limits: Optional[ServerLimits] = None,
+        endpoints: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self.registry = registry
+        self.limits = limits or ServerLimits()
+        self._requested = (host, port)
+        self._endpoints = endpoints
+        self._state_lock = threading.RLock()  # start and close, not the loop
+        self._loop: Optional[EventLoop] = None
+
+    # -------------------------------------------------------------- life
+
+    def start(self) -> SystemStatusServer:
+        """Bind, listen and serve; return self. Harmless when already running.
+
+        Raises StatusServerError, in the caller's thread, if the address is taken or is none of this host,
+        or if the process has no thread or descriptor left.
+        """
+        with self._state_lock:
+            if self._loop is None:
+                self._loop = self._start_loop(_listen(*self._requested))
+                _track(self)
+                logger.info("status server listens on %s", self.address)
+        return self
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop listening, let answers on their way finish for up to `timeout` seconds, then cut them off.
+
+        Harmless when repeated or never started; `start` may follow.
+        """
+        with self._state_lock:
+            loop, self._loop = self._loop, None
+            if loop is not None:
+                _untrack(self)
+                loop.stop(timeout)
+
+    def __enter__(self) -> SystemStatusServer:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    # -------------------------------------------------------------- what it is
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server listens in this process."""
+        return self._loop is not None
+
+    @property
+    def host(self) -> str:
+        """The bound IP address (the requested host while not running)."""
+        loop = self._loop
+        return loop.bound[0] if loop else self._requested[0]
+
+    @property
+    def port(self) -> int:
+        """The bound port: the real one where 0 was requested."""
+        loop = self._loop
+        return loop.bound[1] if loop else self._requested[1]
+
+    @property
+    def address(self) -> str:
+        """Host and port as in a URL."""
+        return _url_host(self.host, self.port)
+
+    @property
+    def open_connections(self) -> int:
+        """How many clients are connected."""
+        loop = self._loop
+        return len(loop.connections) if loop else 0
+
+    def __repr__(self) -> str:
+        return f"<SystemStatusServer {self.address} {'running' if self.is_running else 'stopped'}>"
+
+    def _start_loop(self, listener: socket.socket) -> EventLoop:
+        try:
+            return EventLoop(self.registry, listener, self.limits, self._endpoints)
+        except BaseException as error:
+            listener.close()
+            if not isinstance(error, (OSError, RuntimeError)):
+                raise
+            address = _url_host(*self._requested)
+            message = f"the status server cannot run on {address}: {error}"
+            limits = "the process is at its limit of threads, descriptors or memory (ulimit -a)"
+            raise StatusServerError(f"{message}; {limits}", address=address) from error
+
+    def _abandon(self) -> None:
+        """In a forked child: close the copies of the parent's sockets and forget its thread."""
+        self._state_lock = threading.RLock()
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close_descriptors()
+
+
+def _url_host(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    address = _url_host(host, port)
+    failure: OSError = OSError(errno.EADDRNOTAVAIL, "no address found")
+    try:
+        if not 0 <= port <= 65535:  # the C library would take it modulo 65536
+            raise OverflowError("the port is not one of 0 to 65535")
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, sockaddr in found:
+            try:
+                return _bind(socket.socket(family, kind, protocol), sockaddr)
+            except OSError as error:  # a name may have addresses of a family that this kernel lacks
+                failure = error
+    except (OSError, OverflowError, UnicodeError) as error:
+        failure = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+    raise StatusServerError(
+        f"the status server cannot listen on {address}: {failure.strerror or failure}; "
+        "choose another address with DYN_SYSTEM_HOST and DYN_SYSTEM_PORT (0 takes any free port)",
+        address=address,
+    ) from failure
+
+
+def _bind(listener: socket.socket, sockaddr: object) -> socket.socket:
+    try:
+        if os.name == "posix":  # elsewhere the option lets two processes share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] serves IPv4 clients too
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit both
+        with contextlib.suppress(AttributeError, OSError):  # not every system and sandbox has it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        listener.bind(sockaddr)  # type: ignore[arg-type]
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+# ------------------------------------------------------------------ exits and forks
+
+_running: set[SystemStatusServer] = set()
+
+
+def _track(server: SystemStatusServer) -> None:
+    _install_hooks()
+    _running.add(server)
+
+
+def _untrack(server: SystemStatusServer) -> None:
+    _running.discard(server)
+
+
+@functools.cache
+def _install_hooks() -> None:
+    atexit.register(_close_all)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _close_all() -> None:
+    for server in list(_running):
+        server.close(timeout=1.0)
+
+
+def _abandon_all() -> None:
+    while _running:
+        _running.pop()._abandon()

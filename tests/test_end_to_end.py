@@ -1,0 +1,251 @@
+"""The whole way: a worker's directory, its own server, a store, and a frontend that checks every byte."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+from urllib.parse import urlsplit
+
+import pytest
+
+import selfhost
+from selfhost import DistributedRuntime, ModelDeploymentCard, Settings, register_model
+from selfhost.demo_model import write_demo_model
+from selfhost.discovery import Bucket, FileDiscovery
+
+TTL_SECONDS = 0.9  # of the records of these tests; Dynamo's are 10
+
+
+def get(url: str) -> tuple[int, bytes]:
+    """GET a URL; return status and body."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def settings(root: Path, **variables: str) -> Settings:
+    """Return the settings that an environment gives, with a port and a store of the test's own."""
+    loopback = {"DYN_SYSTEM_HOST": "127.0.0.1", "DYN_SYSTEM_PORT": "0", "DYN_FILE_KV": str(root / "kv")}
+    return Settings.from_env({**loopback, **variables})
+
+
+def cards_in(root: Path) -> dict[str, ModelDeploymentCard]:
+    """Read the cards of a store, as another process does; by display name."""
+    with FileDiscovery(root / "kv", ttl_seconds=TTL_SECONDS) as store:
+        records = [json.loads(text) for text in store.records(Bucket.MODELS).values()]
+    cards = [ModelDeploymentCard.from_json(json.dumps(record["card_json"])) for record in records]
+    return {card.display_name: card for card in cards}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """Return a small model directory with one more file."""
+    directory = tmp_path / "my-model"
+    write_demo_model(str(directory))
+    (directory / "we?ird name.txt").write_bytes(b"odd")
+    return str(directory)
+
+
+# ------------------------------------------------------------------ one process
+
+
+def test_worker_hosts_its_files(tmp_path: Path, model: str) -> None:
+    """With self-hosting on, the status server serves the model's config, and 404 for what it has not."""
+    on = settings(tmp_path, DYN_SELF_HOST_METADATA="true")
+    with DistributedRuntime(on) as runtime:
+        register_model(
+            "Tokens", "Chat", runtime.endpoint("ns.comp.ep"), model, "org/My.Model", worker_type="aggregated"
+        )
+        server = runtime.status_server
+        assert server is not None
+        routes = f"http://{server.address}/v1/metadata/org_my_model/_base"
+
+        status, body = get(f"{routes}/config.json")
+        assert (status, json.loads(body)["model_type"]) == (200, "llama")
+        assert get(f"{routes}/no-such-file.json")[0] == 404
+        assert get(f"{routes}/weights.safetensors")[0] == 404
+
+
+def test_worker_without_the_variable(tmp_path: Path, model: str) -> None:
+    """With the variable unset the card keeps its local paths, and every metadata URL is 404."""
+    with DistributedRuntime(settings(tmp_path)) as runtime:
+        register_model("Tokens", "Chat", runtime.endpoint("ns.comp.ep"), model, "m", worker_type=None)
+        card = cards_in(tmp_path)["m"]
+        server = runtime.status_server
+        assert server is not None
+        statuses = {
+            get(f"http://{server.address}/v1/metadata/m/_base/{file.basename}")[0]
+            for file, _ in card.iter_metadata_files()
+        }
+
+    assert all(file.is_local for file, _ in card.iter_metadata_files())
+    assert all(file.matches(file.path) for file, _ in card.iter_metadata_files())
+    assert statuses == {404}
+
+
+def test_card_read_back_is_the_card(tmp_path: Path, model: str) -> None:
+    """The card in the store has the checksum of the card that the worker holds."""
+    on = settings(tmp_path, DYN_SELF_HOST_METADATA="1")
+    with DistributedRuntime(on) as runtime:
+        attached = register_model(
+            "Tokens", "Chat", runtime.endpoint("ns.comp.ep"), model, "m", worker_type=None
+        )
+        assert cards_in(tmp_path)["m"].mdcsum == attached.card.mdcsum
+    assert cards_in(tmp_path) == {}
+
+
+# ------------------------------------------------------------------ several processes
+
+WORKER = """
+import sys, threading
+from selfhost import DistributedRuntime, LocalModel, Settings
+from selfhost.discovery import FileDiscovery
+
+settings = Settings.from_env()
+with FileDiscovery(settings.file_kv, ttl_seconds=float(sys.argv[2])) as store:
+    with DistributedRuntime(settings, discovery=store) as runtime:
+        base = LocalModel.load(sys.argv[1], name="org/M").attach(runtime.endpoint("ns.comp.ep"))
+        lora = base.derive_lora("adapter").attach(runtime.endpoint("ns.comp.ep"))
+        print("ready", flush=True)
+        sys.stdin.read()
+print("gone", flush=True)
+"""
+
+FRONTEND = """
+import http.client, json, sys
+from urllib.parse import urlsplit
+from selfhost import Checksum, ModelDeploymentCard
+from selfhost.discovery import Bucket, FileDiscovery
+
+assert "werkzeug" not in sys.modules
+with FileDiscovery(sys.argv[1], ttl_seconds=float(sys.argv[2])) as store:
+    for key, text in store.records(Bucket.MODELS).items():
+        card = ModelDeploymentCard.from_json(json.dumps(json.loads(text)["card_json"]))
+        for file, _ in card.iter_metadata_files():
+            parts = urlsplit(file.path)
+            connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+            connection.request("GET", parts.path)
+            data = connection.getresponse().read()
+            connection.close()
+            assert Checksum.of(data) == file.checksum and len(data) == file.size, file
+            print(card.display_name, file.basename)
+"""
+
+StartWorker = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path, model: str) -> Iterator[StartWorker]:
+    """Start a worker process that publishes to the test's store; it dies with the test at the latest."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", WORKER, model, str(TTL_SECONDS)],
+            env=environment(tmp_path, DYN_SELF_HOST_METADATA="true"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def environment(root: Path, **variables: str) -> dict[str, str]:
+    """Return the environment of a process of these tests."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(selfhost.__file__).parents[1]),
+        "DYN_SYSTEM_HOST": "127.0.0.1",
+        "DYN_SYSTEM_PORT": "0",
+        "DYN_FILE_KV": str(root / "kv"),
+        **variables,
+    }
+
+
+def run_frontend(root: Path) -> subprocess.CompletedProcess[str]:
+    """Fetch and verify all that the store tells of, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRONTEND, str(root / "kv"), str(TTL_SECONDS)],
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Optional[float]:
+    """Wait for a condition; return how long that took, None where it did not come true."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > seconds:
+            return None
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def test_another_process_fetches_every_file(tmp_path: Path, start_worker: StartWorker) -> None:
+    """A process that knows only the store gets every byte that the cards promise."""
+    start_worker()
+
+    done = run_frontend(tmp_path)
+
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    names = {line.split(" ", 1)[1] for line in lines if line.startswith("org/M ")}
+    assert names > {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert len(names) == 6
+    assert {line.split(" ", 1)[1] for line in lines if line.startswith("adapter ")} == names
+
+
+def test_worker_that_ends_leaves_nothing(tmp_path: Path, start_worker: StartWorker) -> None:
+    """A worker that ends in order takes its records with it at once, and says nothing."""
+    worker = start_worker()
+    assert set(cards_in(tmp_path)) == {"org/M", "adapter"}
+    output, _ = worker.communicate(timeout=10)
+
+    assert (output, worker.returncode) == ("gone\n", 0)
+    assert [path for path in (tmp_path / "kv").rglob("*") if path.is_file()] == []
+
+
+def test_killed_worker_expires(tmp_path: Path, start_worker: StartWorker) -> None:
+    """What a killed worker leaves in the store is live no more after its time to live."""  # catalogue 113
+    worker = start_worker()
+    assert wait_until(lambda: not cards_in(tmp_path), TTL_SECONDS * 1.3) is None, (
+        "it was kept alive until here"
+    )
+    worker.kill()
+    worker.wait()
+    assert set(cards_in(tmp_path)) == {"org/M", "adapter"}
+
+    seconds = wait_until(lambda: not cards_in(tmp_path))
+    assert seconds is not None
+    assert seconds < TTL_SECONDS + 0.5
+
+
+def test_replacement_of_a_killed_worker(tmp_path: Path, start_worker: StartWorker) -> None:
+    """A second worker is found beside the dead one's records, which a frontend then no longer sees."""
+    start_worker().kill()
+    start_worker()
+    assert wait_until(lambda: run_frontend(tmp_path).returncode == 0) is not None
+
+    assert run_frontend(tmp_path).stdout.count("org/M config.json") == 1

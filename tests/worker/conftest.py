@@ -1,0 +1,329 @@
+"""What the worker's tests share: servers and runtimes that end with their test, raw clients, a leak check."""
+
+from __future__ import annotations
+
+import gc
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+from urllib.parse import urlsplit
+
+import pytest
+
+import selfhost
+from selfhost.card.checksum import Checksum
+from selfhost.card.model_card import ModelDeploymentCard
+from selfhost.demo_model import write_demo_model
+from selfhost.discovery import Bucket, Event, MemoryDiscovery, Publication, RecordKey
+from selfhost.errors import DiscoveryError
+from selfhost.settings import Settings
+from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.runtime import DistributedRuntime
+from selfhost.worker.server import SystemStatusServer
+
+TIMEOUT = 10.0  # seconds; for what takes milliseconds unless it is broken
+
+
+class RawAnswer(NamedTuple):
+    """One answer as it came; field names in lower case."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
+class RawClient:
+    """A plain socket to a server, and the least that is needed to read answers from it."""
+
+    def __init__(self, server: SystemStatusServer, receive_buffer: int) -> None:
+        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        self.sock = socket.socket(family)
+        self.sock.settimeout(TIMEOUT)
+        if receive_buffer:  # a small one, so that a large answer has to wait for us
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect((server.host, server.port))
+        self._file = self.sock.makefile("rb")
+
+    def send(self, data: bytes) -> RawClient:
+        """Send all of `data`."""
+        self.sock.sendall(data)
+        return self
+
+    def get(self, target: str, *lines: str, method: str = "GET") -> RawClient:
+        """Send one HTTP/1.1 request with more header lines."""
+        return self.send("\r\n".join((f"{method} {target} HTTP/1.1", "Host: x", *lines, "", "")).encode())
+
+    def answer(self, *, body: bool = True) -> RawAnswer:
+        """Read one answer; `body` False for the answer to a HEAD."""
+        status = int(self._file.readline().split()[1])
+        fields = {}
+        for line in iter(self._file.readline, b"\r\n"):
+            name, _, value = line.decode("latin-1").partition(":")
+            assert name.lower() not in fields, f"{name} came twice"
+            fields[name.lower()] = value.strip()
+        size = int(fields.get("content-length", "0")) if body else 0
+        return RawAnswer(status, fields, self._file.read(size))
+
+    def read_some(self, size: int) -> bytes:
+        """Read exactly `size` bytes of whatever comes."""
+        return self._file.read(size)
+
+    def rest(self) -> bytes:
+        """Read up to the end of the connection; ConnectionResetError where that is no clean one."""
+        return self._file.read()
+
+    def close(self) -> None:
+        """Hang up; harmless when repeated."""
+        self._file.close()
+        self.sock.close()
+
+
+def open_descriptors() -> int:
+    """Count the descriptors of this process."""
+    return len(os.listdir("/dev/fd"))
+
+
+def poll_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> bool:
+    """Wait until `condition()` is true; tell whether it became so in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., bool]:
+    """Return the function that waits for a condition."""
+    return poll_until
+
+
+@pytest.fixture(scope="session")
+def quick_collections() -> Iterator[None]:
+    """Take what is there already out of the garbage collector's sight: it is called for each test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def leaves_nothing(quick_collections: None) -> Iterator[None]:
+    """Check that no thread and no descriptor of the test outlives it."""
+    gc.collect()
+    threads, descriptors = threading.active_count(), open_descriptors()
+    yield
+    gc.collect()
+    poll_until(lambda: open_descriptors() <= descriptors and threading.active_count() <= threads, 2.0)
+    assert threading.active_count() <= threads, threading.enumerate()
+    assert open_descriptors() <= descriptors
+
+
+@pytest.fixture
+def start_server(
+    leaves_nothing: None, registry: MetadataArtifactRegistry
+) -> Iterator[Callable[..., SystemStatusServer]]:
+    """Start servers over the test's registry; they end with the test, and what is registered goes."""
+    servers: list[SystemStatusServer] = []
+
+    def start(*address: Any, **options: Any) -> SystemStatusServer:
+        servers.append(SystemStatusServer(registry, *address, **options))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.close(timeout=0.1)
+    for artifact in registry:  # pytest still holds the registry when the descriptors are counted
+        registry.unregister(artifact.slug, artifact.suffix)
+
+
+@pytest.fixture
+def server(start_server: Callable[..., SystemStatusServer]) -> SystemStatusServer:
+    """Return one running server."""
+    return start_server()
+
+
+@pytest.fixture
+def connect(leaves_nothing: None) -> Iterator[Callable[..., RawClient]]:
+    """Connect raw clients to a server; they hang up with the test."""
+    clients: list[RawClient] = []
+
+    def connect_to(server: SystemStatusServer, *, receive_buffer: int = 0) -> RawClient:
+        clients.append(RawClient(server, receive_buffer))
+        return clients[-1]
+
+    yield connect_to
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def serve_bytes(registry: MetadataArtifactRegistry, tmp_path: Path) -> Callable[..., str]:
+    """Register bytes as a file of a model `m`; return the path of its URL."""
+
+    def serve(data: bytes, name: str = "f.json") -> str:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return registry.register("m", "_base", name, path).targets[name]
+
+    return serve
+
+
+@pytest.fixture
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a process of its own, which sees this very package."""
+
+    def run(code: str, *args: str, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(selfhost.__file__).parents[1])}
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+# ------------------------------------------------------------------ models and runtimes
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Callable[..., str]:
+    """Write a small model directory, with more files or other contents where given; return its path."""
+
+    def make(name: str = "model", **files: bytes) -> str:
+        folder = tmp_path / name
+        write_demo_model(str(folder))
+        for filename, content in files.items():
+            (folder / filename.replace("__", ".")).write_bytes(content)
+        return str(folder)
+
+    return make
+
+
+def get_url(url: str) -> tuple[int, bytes]:
+    """GET a URL with a client that knows nothing of us; return status and body."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=TIMEOUT)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def fetch() -> Callable[[str], tuple[int, bytes]]:
+    """Return the function that GETs a URL."""
+    return get_url
+
+
+@pytest.fixture
+def fetch_files() -> Callable[[ModelDeploymentCard], dict[str, bytes]]:
+    """Return a function that fetches and verifies each file of a card, as a frontend does."""
+
+    def fetch_all(card: ModelDeploymentCard) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for file, _ in card.iter_metadata_files():
+            status, data = get_url(file.path)
+            assert (status, Checksum.of(data)) == (200, file.checksum), file.path
+            assert file.basename not in found, "two files of one name end up in one directory"
+            found[str(file.basename)] = data
+        return found
+
+    return fetch_all
+
+
+class SpyDiscovery:
+    """A discovery of one process that tells what happens when, and fails when told to."""
+
+    name = "spy"
+
+    def __init__(self) -> None:
+        self.inner = MemoryDiscovery()
+        self.is_closed = False
+        self.fail_on: Optional[Bucket] = None  # publishing in this bucket raises
+        self.on_call: Callable[[str, Bucket], object] = lambda action, bucket: None
+
+    def publish(self, bucket: Bucket, key: RecordKey, text: str) -> Publication:
+        """Publish, unless told to fail."""
+        if bucket is self.fail_on:
+            raise DiscoveryError("told to fail", backend=self.name, key=str(key))
+        self.on_call("publish", bucket)
+        inner = self.inner.publish(bucket, key, text)
+
+        def withdraw() -> None:
+            inner.withdraw()
+            self.on_call("withdraw", bucket)
+
+        return Publication(bucket, key, withdraw=withdraw, replace=inner.replace)
+
+    def records(self, bucket: Bucket) -> dict[RecordKey, str]:
+        """Return what is published."""
+        return self.inner.records(bucket)
+
+    def watch(self, bucket: Bucket, **options: Any) -> Iterator[Event]:
+        """Yield the events of the store."""
+        return self.inner.watch(bucket, **options)
+
+    def close(self) -> None:
+        """Remember that this was called."""
+        self.is_closed = True
+        self.inner.close()
+
+    def __enter__(self) -> SpyDiscovery:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def cards(self) -> dict[str, dict[str, Any]]:
+        """Return the JSON of each published card, by key."""
+        return {str(key): json.loads(text)["card_json"] for key, text in self.records(Bucket.MODELS).items()}
+
+    def card(self) -> ModelDeploymentCard:
+        """Return the one card that is published, as a frontend reads it."""
+        (card,) = self.cards().values()
+        return ModelDeploymentCard.from_json(json.dumps(card))
+
+    def is_empty(self) -> bool:
+        """Tell whether no record of any kind is published."""
+        return not any(self.records(bucket) for bucket in Bucket)
+
+
+@pytest.fixture
+def spy() -> SpyDiscovery:
+    """Return a discovery that tells what happens."""
+    return SpyDiscovery()
+
+
+@pytest.fixture
+def start_runtime(
+    leaves_nothing: None, registry: MetadataArtifactRegistry, spy: SpyDiscovery
+) -> Iterator[Callable[..., DistributedRuntime]]:
+    """Start runtimes with the test's registry and discovery; options are settings. They end with the test."""
+    runtimes: list[DistributedRuntime] = []
+
+    def start(**options: Any) -> DistributedRuntime:
+        settings = Settings(**{"system_host": "127.0.0.1", "system_port": 0, **options})
+        runtimes.append(DistributedRuntime(settings, registry=registry, discovery=spy))
+        return runtimes[-1].start()
+
+    yield start
+    for runtime in runtimes:
+        runtime.close(timeout=0.1)
+    for artifact in registry:
+        registry.unregister(artifact.slug, artifact.suffix)

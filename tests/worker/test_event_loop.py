@@ -1,0 +1,314 @@
+"""What clients may cost: slow, silent and many of them, and what the others notice."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+
+from selfhost.worker.event_loop import ServerLimits
+from selfhost.worker.server import SystemStatusServer
+
+SMALL = b'{"a": 1}'
+HUGE = os.urandom(2_000_000) * 6  # more than the kernel's buffers take
+
+
+@pytest.fixture
+def serves_another(connect: Any, serve_bytes: Any) -> Callable[[SystemStatusServer], bool]:
+    """Return a function that makes five requests as a client that means well, each within a second."""
+    target = serve_bytes(SMALL, "other.json")
+
+    def serve(server: SystemStatusServer) -> bool:
+        for _ in range(5):
+            started = time.monotonic()
+            client = connect(server).get(target)
+            assert client.answer().body == SMALL
+            client.close()
+            assert time.monotonic() - started < 1.0
+        return True
+
+    return serve
+
+
+# ------------------------------------------------------------------ slow and silent
+
+
+def test_half_open_connections(start_server: Any, connect: Any, serves_another: Any, wait_until: Any) -> None:
+    """300 clients that say nothing take no thread, delay nobody and are let go."""  # catalogue 41
+    threads = threading.active_count()
+    server = start_server(limits=ServerLimits(idle_seconds=1.2))
+    silent = [connect(server) for _ in range(300)]
+
+    assert serves_another(server)
+    assert server.open_connections >= 300
+    assert threading.active_count() == threads + 1
+    assert wait_until(lambda: server.open_connections == 0, 3.0)
+    assert [client.rest() for client in silent] == [b""] * 300
+
+
+def _drip(server: SystemStatusServer, connect: Any, text: bytes) -> Callable[[], None]:
+    """Open 60 connections; each call sends one more byte on every one of them, in the end an `a`."""
+    clients, bytes_left = [connect(server) for _ in range(60)], iter(text)
+
+    def step() -> None:
+        byte = bytes([next(bytes_left, ord("a"))])
+        for client in clients:
+            client.send(byte)
+
+    return step
+
+
+def _ends_in_reset(step: Callable[[], object]) -> bool:
+    """Repeat a step until the server has hung up; tell whether it did so in time."""
+    until = time.monotonic() + 3.0
+    try:
+        while time.monotonic() < until:
+            step()
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+    return False
+
+
+def test_slow_heads(start_server: Any, connect: Any, serves_another: Any) -> None:
+    """60 clients that drip their heads delay nobody, and dripping wins them no time."""  # catalogue 42
+    server = start_server(limits=ServerLimits(head_seconds=0.3))
+    step = _drip(server, connect, b"GET / HTTP/1.1\r\nX: ")
+
+    assert _ends_in_reset(lambda: (step(), serves_another(server)))
+    assert serves_another(server)
+
+
+def test_slow_bodies(start_server: Any, connect: Any, serves_another: Any, wait_until: Any) -> None:
+    """60 clients that drip a body nobody asked for delay nobody and are let go."""  # catalogue 42
+    server = start_server(limits=ServerLimits(linger_seconds=0.3))
+    step = _drip(server, connect, b"P / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n")
+
+    assert _ends_in_reset(step)
+    assert serves_another(server)
+    assert wait_until(lambda: server.open_connections == 0)
+
+
+def test_slow_readers(
+    start_server: Any, connect: Any, serves_another: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """60 clients that do not read their downloads delay nobody and are cut off."""  # catalogue 42
+    server, target = start_server(limits=ServerLimits(stall_seconds=0.6)), serve_bytes(HUGE)
+    readers = [connect(server, receive_buffer=65536).get(target) for _ in range(60)]
+    assert wait_until(lambda: server.open_connections == 60)
+
+    assert serves_another(server)
+    assert wait_until(lambda: server.open_connections == 0, 3.0)
+    assert len(readers[0].rest()) < len(HUGE)
+
+
+def test_reader_below_the_least_rate(
+    start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """A client that takes a few bytes now and then, to win time, is cut off by the average rate."""
+    limits = ServerLimits(stall_seconds=1.0, min_bytes_per_second=100e6)  # 12 MB in 1.12 s
+    server = start_server(limits=limits)
+    client = connect(server, receive_buffer=65536).get(serve_bytes(HUGE))
+
+    def sips_and_is_cut() -> bool:
+        client.read_some(50_000)
+        time.sleep(0.02)
+        return server.open_connections == 0
+
+    assert wait_until(sips_and_is_cut, 2.4)  # the whole would take twice as long
+
+
+def test_reader_above_the_least_rate(start_server: Any, connect: Any, serve_bytes: Any) -> None:
+    """A slow client that keeps to the least rate gets everything, however long that takes."""
+    server = start_server(limits=ServerLimits(stall_seconds=0.3, min_bytes_per_second=1e6))
+    client = connect(server, receive_buffer=65536).get(serve_bytes(HUGE), "Connection: close")
+    pieces = []
+    for _ in range(12):
+        time.sleep(0.07)
+        pieces.append(client.read_some(1_000_000))
+
+    assert (b"".join(pieces) + client.rest()).endswith(b"\r\n\r\n" + HUGE)
+
+
+def test_slow_reader_is_not_taken_for_stalled(start_server: Any, connect: Any, serve_bytes: Any) -> None:
+    """A client that takes small pieces all the time is served, however much the kernel could hold for it."""
+    client = connect(start_server(limits=ServerLimits(stall_seconds=0.4)))
+    client.get(serve_bytes(HUGE), "Connection: close")
+    pieces = []
+    for _ in range(60):
+        time.sleep(0.02)
+        pieces.append(client.read_some(16_000))
+
+    assert (b"".join(pieces) + client.rest()).endswith(b"\r\n\r\n" + HUGE)
+
+
+def test_idle_client_is_let_go(start_server: Any, connect: Any) -> None:
+    """A kept connection without a next request ends, cleanly, after its idle time."""
+    client = connect(start_server(limits=ServerLimits(idle_seconds=0.1))).get("/nothing")
+
+    assert client.answer().status == 404
+    assert client.rest() == b""
+
+
+def test_active_client_is_kept(start_server: Any, connect: Any) -> None:
+    """Each request gives a kept connection its idle time anew."""
+    client = connect(start_server(limits=ServerLimits(idle_seconds=0.4)))
+    for _ in range(5):
+        assert client.get("/nothing").answer().status == 404
+        time.sleep(0.2)
+
+    assert client.get("/nothing").answer().status == 404
+
+
+# ------------------------------------------------------------------ too many
+
+
+def test_oldest_waiting_client_makes_room(start_server: Any, connect: Any) -> None:
+    """When all places are taken, whoever has waited longest is let go for the newcomer."""
+    server = start_server(limits=ServerLimits(max_connections=3))
+    clients = []
+    for _ in range(4):
+        clients.append(connect(server).get("/nothing"))
+        assert clients[-1].answer().status == 404
+        time.sleep(0.01)  # those who come in one turn of the loop are equally old
+
+    assert clients[0].rest() == b""
+    assert [client.get("/nothing").answer().status for client in clients[1:]] == [404] * 3
+    assert server.open_connections == 3
+
+
+def test_full_house(start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any) -> None:
+    """While every place is taken by a download, newcomers are told to come back, downloads go on."""
+    server, target = start_server(limits=ServerLimits(max_connections=2)), serve_bytes(HUGE)
+    busy = [connect(server, receive_buffer=65536).get(target) for _ in range(2)]
+    assert wait_until(lambda: server.open_connections == 2)
+
+    newcomer = connect(server).get("/live").answer()
+
+    assert (newcomer.status, newcomer.fields["retry-after"]) == (503, "1")
+    assert [client.answer().body == HUGE for client in busy] == [True, True]
+    assert wait_until(lambda: connect(server).get("/live").answer().status == 200)
+
+
+def test_newcomer_is_told_whatever_it_sends(
+    start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """The refusal of a full server reaches a client that has sent its request already."""
+    server = start_server(limits=ServerLimits(max_connections=1))
+    connect(server, receive_buffer=65536).get(serve_bytes(HUGE))
+    assert wait_until(lambda: server.open_connections == 1)
+
+    for _ in range(20):
+        newcomer = connect(server).send(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert newcomer.answer().status == 503
+        assert newcomer.rest() == b""
+
+
+OUT_OF_DESCRIPTORS = """
+import http.client, logging, os, resource, socket, sys, time
+from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.server import SystemStatusServer
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
+
+def status():
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
+    connection.request("GET", "/live")
+    answer = connection.getresponse().status
+    connection.close()
+    return answer
+
+with SystemStatusServer(MetadataArtifactRegistry()) as server:
+    clients = [socket.create_connection((server.host, server.port)) for _ in range(10)]
+    while server.open_connections < 10:
+        time.sleep(0.01)
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        os.close(taken.pop())
+    late = socket.create_connection((server.host, server.port))  # the last descriptor: none for the server
+    late.sendall(b"GET /live HTTP/1.0\\r\\n\\r\\n")
+    used = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.15, "the loop spins"
+    for fd in taken:
+        os.close(fd)
+    late.settimeout(5)
+    assert late.recv(100).startswith(b"HTTP/1.1 200"), "the client that waited"
+    assert status() == 200
+    for sock in (*clients, late):
+        sock.close()
+print("lived")
+"""
+
+
+def test_out_of_descriptors(run_script: Any) -> None:
+    """Out of descriptors, the server waits without spinning, says so, and goes on when there are some."""
+    done = run_script(OUT_OF_DESCRIPTORS)
+
+    assert done.stderr == ""
+    assert done.stdout.endswith("lived\n")
+    assert "cannot accept a connection: [Errno 24]" in done.stdout
+    assert done.stdout.count("cannot accept") <= 4
+
+
+# ------------------------------------------------------------------ the loop itself
+
+
+def test_idle_server_sleeps(server: SystemStatusServer, connect: Any, wait_until: Any) -> None:
+    """With nobody connected the thread does not wake up at all."""
+    connect(server).get("/live").close()
+    assert wait_until(lambda: server.open_connections == 0)
+    turns: list[object] = []
+    original = server._loop._turn  # type: ignore[union-attr]
+    server._loop._turn = lambda: turns.append(original())  # type: ignore[union-attr, method-assign]
+    time.sleep(0.6)
+
+    assert len(turns) <= 1
+
+
+def test_failing_turn_does_not_end_the_server(
+    server: SystemStatusServer, connect: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """An error nobody thought of is logged, and the server goes on."""  # catalogue 146
+    faults: Iterator[Exception] = iter([ZeroDivisionError("once")])
+    original = server._loop._sweep  # type: ignore[union-attr]
+
+    def sweep(now: float) -> None:
+        for fault in faults:
+            raise fault
+        original(now)
+
+    monkeypatch.setattr(server._loop, "_sweep", sweep)
+
+    assert connect(server).get("/live").answer().status == 200
+    assert wait_until(lambda: "goes on after an unexpected error" in caplog.text)
+    assert connect(server).get("/live").answer().status == 200
+
+
+def test_failing_request_ends_only_its_connection(
+    server: SystemStatusServer, connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """An unexpected error in one client's request costs the others nothing."""
+    other = connect(server)
+    monkeypatch.setattr(server._loop, "status_head", None)
+
+    assert connect(server).get("/nothing").rest() == b""
+    monkeypatch.undo()
+    assert other.get("/nothing").answer().status == 404
+    assert "a request failed unexpectedly" in caplog.text
+
+
+def test_ipv4_client_of_an_ipv6_wildcard(start_server: Any) -> None:
+    """A server on [::] serves IPv4 clients too."""
+    server = start_server("::")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(b"GET /live HTTP/1.0\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")

@@ -1,0 +1,178 @@
+"""What attaching a model did is undone: by a failure half-way, and by detaching."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from selfhost.card.checked_file import CheckedFile
+from selfhost.card.checksum import Checksum
+from selfhost.card.slots import ModelSlot
+from selfhost.discovery import Bucket
+from selfhost.errors import DiscoveryError, RegistrationError, SettingsError, StatusServerError
+from selfhost.worker.local_model import LocalModel
+
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
+DEMO_FILES = {
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+}  # fmt: skip
+
+
+@pytest.fixture
+def runtime(start_runtime: Any) -> Any:
+    """Return a runtime that self-hosts."""
+    return start_runtime(self_host_metadata=True)
+
+
+# ------------------------------------------------------------------ failures undo everything
+
+
+@pytest.mark.parametrize("bucket", list(Bucket))
+def test_refused_record_undoes_everything(
+    bucket: Bucket, runtime: Any, spy: Any, model_dir: Any, fetch_files: Any
+) -> None:
+    """When discovery takes no record, routes, instance and card are as before; a second try works."""
+    model = LocalModel.load(model_dir(), name="m")
+    before = model.card
+    spy.fail_on = bucket
+    with pytest.raises(DiscoveryError, match="told to fail"):
+        model.attach(runtime.endpoint("ns.comp.ep"))
+
+    assert spy.is_empty()
+    assert runtime.metadata_artifacts.is_empty()
+    assert (model.card, model.is_attached, model.files) == (before, False, ())
+    spy.fail_on = None
+    model.attach(runtime.endpoint("ns.comp.ep"))
+    assert set(fetch_files(spy.card())) == DEMO_FILES
+
+
+def test_second_base_model_on_an_endpoint_changes_nothing(
+    runtime: Any, spy: Any, model_dir: Any, fetch_files: Any
+) -> None:
+    """An endpoint has one base model; the refused one leaves the first one's routes and card alone."""
+    endpoint = runtime.endpoint("ns.comp.ep")
+    first = LocalModel.load(model_dir(), name="m").attach(endpoint)
+    with pytest.raises(DiscoveryError):
+        LocalModel.load(model_dir("other", config__json=b"{}"), name="m").attach(endpoint)
+
+    assert spy.card().mdcsum == first.card.mdcsum
+    assert set(fetch_files(spy.card())) == DEMO_FILES
+    assert len(runtime.metadata_artifacts) == len(DEMO_FILES)
+    first.detach()
+    assert spy.is_empty()
+
+
+def test_no_address_to_publish(start_runtime: Any, spy: Any, model_dir: Any) -> None:
+    """Self-hosting without server or base URL is an error that names the setting; nothing is published."""
+    runtime = start_runtime(self_host_metadata=True, system_port=None)
+    model = LocalModel.load(model_dir(), name="m")
+    before = model.card
+    with pytest.raises(SettingsError, match="DYN_SYSTEM_PORT"):
+        model.attach(runtime.endpoint("ns.comp.ep"))
+
+    assert (spy.is_empty(), runtime.metadata_artifacts.is_empty(), model.card) == (True, True, before)
+
+
+def test_taken_port_publishes_nothing(start_runtime: Any, server: Any, spy: Any, model_dir: Any) -> None:
+    """A port clash stops the attachment before anything is published, local paths least of all."""
+    from selfhost.settings import Settings
+    from selfhost.worker.runtime import DistributedRuntime
+
+    settings = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=server.port)
+    runtime = DistributedRuntime(settings, discovery=spy)
+    with pytest.raises(StatusServerError):
+        LocalModel.load(model_dir(), name="m").attach(runtime.endpoint("ns.comp.ep"))
+
+    assert (spy.is_empty(), runtime.metadata_artifacts.is_empty()) == (True, True)
+
+
+def test_bad_file_leaves_no_other_registered(runtime: Any, spy: Any, model_dir: Any) -> None:
+    """One file that is not what the card says, and none is registered."""
+    card = LocalModel.load(model_dir(), name="m", pin=False).card
+    bad = CheckedFile(os.path.join(model_dir("b", bad__txt=b"bad"), "bad.txt"), Checksum.of(b"good"), 3)
+    model = LocalModel(replace(card, extra_files=(bad,)))
+
+    with pytest.raises(RegistrationError, match="the card says"):
+        model.attach(runtime.endpoint("ns.comp.ep"))
+    assert runtime.metadata_artifacts.is_empty()
+
+
+def test_slot_is_not_lost_for_its_name(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
+    """A slot's file whose name no URL can carry is served under another one."""
+    directory = model_dir()
+    os.rename(os.path.join(directory, "tokenizer.json"), os.path.join(directory, "to\\k\x01.tiktoken"))
+    LocalModel.load(directory, name="m").attach(runtime.endpoint("ns.comp.ep"))
+
+    slot = spy.card().tokenizer
+    assert isinstance(slot, ModelSlot)
+    assert Checksum.of(fetch(slot.file.path)[1]) == slot.file.checksum
+
+
+# ------------------------------------------------------------------ detach
+
+
+def test_card_goes_before_the_routes(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
+    """When the card is withdrawn its files can still be fetched, and then no more."""
+    model = LocalModel.load(model_dir(), name="m").attach(runtime.endpoint("ns.comp.ep"))
+    url, seen = model.files[0].url, []
+    spy.on_call = lambda action, bucket: seen.append((action, bucket.value, fetch(url)[0]))
+
+    model.detach()
+
+    assert seen == [("withdraw", "mdc", 200), ("withdraw", "instances", 200)]
+    assert fetch(url)[0] == 404
+
+
+def test_card_comes_after_the_routes(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
+    """When the card is published its files can be fetched already."""
+    model = LocalModel.load(model_dir(), name="m")
+    seen: list[tuple[str, int]] = []
+    spy.on_call = lambda action, bucket: seen.append(
+        (bucket.value, fetch(f"{runtime.base_url()}/v1/metadata/m/_base/config.json")[0])
+    )
+    model.attach(runtime.endpoint("ns.comp.ep"))
+
+    assert seen == [("instances", 200), ("mdc", 200)]
+    spy.on_call = lambda *_: None
+
+
+def test_detach_restores_the_card(runtime: Any, model_dir: Any) -> None:
+    """A detached model has its local paths again; detaching twice is harmless."""
+    model = LocalModel.load(model_dir(), name="m")
+    before = model.card
+    model.attach(runtime.endpoint("ns.comp.ep"))
+    model.detach()
+    model.detach()
+
+    assert (model.card, model.is_attached) == (before, False)
+
+
+def test_attach_again(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) -> None:
+    """A model may come and go any number of times, and leaves nothing each time."""
+    model = LocalModel.load(model_dir(), name="m")
+    for _ in range(3):
+        with model.attach(runtime.endpoint("ns.comp.ep")):
+            assert set(fetch_files(spy.card())) == DEMO_FILES
+        assert spy.is_empty()
+        assert runtime.metadata_artifacts.is_empty()
+
+
+def test_attach_twice_is_refused(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) -> None:
+    """One model object is attached once at a time; the attachment stays."""
+    model = LocalModel.load(model_dir(), name="m").attach(runtime.endpoint("ns.comp.ep"))
+
+    with pytest.raises(RegistrationError, match="attached already"):
+        model.attach(runtime.endpoint("ns.comp.other"))
+    assert set(fetch_files(spy.card())) == DEMO_FILES
+    assert model.is_attached
+
+
+def test_representation(runtime: Any, model_dir: Any) -> None:
+    """A model tells its name and state."""
+    model = LocalModel.load(model_dir(), name="m")
+
+    assert repr(model) == "<LocalModel 'm' detached>"
+    assert "attached" in repr(model.attach(runtime.endpoint("ns.comp.ep")))

@@ -1,0 +1,560 @@
+"""The registry: who answers for which key; all or nothing, counted, shared, threaded and forked."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+from urllib.parse import unquote
+
+import pytest
+from blake3 import blake3
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from selfhost.errors import RegistrationError
+from selfhost.worker.content import Content, pin_bytes, pin_file
+from selfhost.worker.registry import BASE_SUFFIX, MAX_NAME_BYTES, MetadataArtifactRegistry, why_unservable
+
+MakeFile = Callable[[str, bytes], str]
+ONE, TWO, THREE = b"one", b"two", b"three"
+LARGE = bytes(100_000)  # small files are never held
+
+
+def digest(data: bytes) -> str:
+    """Return the blake3 hex digest."""
+    return blake3(data).hexdigest()
+
+
+def read(registry: MetadataArtifactRegistry, *key: str) -> bytes | None:
+    """Return the bytes that answer for (slug, suffix, filename[, digest]), or None."""
+    artifact = registry.get(*key)
+    return artifact and artifact.content.read(0, artifact.content.size)
+
+
+# ------------------------------------------------------------------ one registration
+
+
+def test_register_and_get(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+    """A registered file answers for its key and for nothing else."""
+    registration = registry.register("m", BASE_SUFFIX, "f.json", make_file("elsewhere", ONE))
+
+    assert read(registry, "m", "_base", "f.json") == ONE
+    assert read(registry, "m", "_base", "f.json", digest(ONE)) == ONE
+    assert read(registry, "m", "_base", "f.json", digest(TWO)) is None
+    assert read(registry, "m", "_base", "elsewhere") is None
+    assert read(registry, "m", "lora", "f.json") is None
+    assert dict(registration.targets) == {"f.json": "/v1/metadata/m/_base/f.json"}
+
+
+def test_counts(registry: MetadataArtifactRegistry) -> None:
+    """Length, emptiness, iteration and bytes follow what is registered."""
+    assert (len(registry), registry.is_empty(), list(registry), registry.pinned_bytes) == (0, True, [], 0)
+    registry.register_files("m", "_base", {"a": pin_bytes(ONE), "b": pin_bytes(ONE), "c": pin_bytes(THREE)})
+
+    assert (len(registry), registry.is_empty()) == (3, False)
+    assert [artifact.filename for artifact in registry] == ["a", "b", "c"]
+    assert registry.pinned_bytes == len(ONE) + len(THREE)
+    assert repr(registry) == "<MetadataArtifactRegistry models=1 files=3>"
+
+
+def test_empty_registry_is_true(registry: MetadataArtifactRegistry) -> None:
+    """`registry or default` must never replace an empty registry."""
+    assert registry
+
+
+def test_iteration_is_a_snapshot(registry: MetadataArtifactRegistry) -> None:
+    """What is registered or removed meanwhile does not disturb an iteration."""
+    registry.register_files("m", "_base", {"a": pin_bytes(ONE), "b": pin_bytes(TWO)})
+    names = []
+    for artifact in registry:
+        names.append(artifact.filename)
+        registry.unregister("m", "_base")
+        registry.register("n", "_base", "c", pin_bytes(THREE))
+
+    assert names == ["a", "b"]
+
+
+def test_no_files_is_a_registration(registry: MetadataArtifactRegistry) -> None:
+    """A model without files of its own leaves no trace."""
+    with registry.register_files("m", "_base", {}) as registration:
+        assert (len(registry), dict(registration.targets)) == (0, {})
+        assert repr(registry) == "<MetadataArtifactRegistry models=0 files=0>"
+
+
+def test_closing_removes_exactly_its_own(registry: MetadataArtifactRegistry) -> None:
+    """A handle takes away what it brought, once, and nobody else's."""
+    first = registry.register_files("m", "_base", {"a": pin_bytes(ONE), "b": pin_bytes(TWO)})
+    with registry.register_files("m", "_base", {"b": pin_bytes(TWO), "c": pin_bytes(THREE)}):
+        first.close()
+        first.close()
+        assert {artifact.filename for artifact in registry} == {"b", "c"}
+
+    assert registry.is_empty()
+    assert repr(first) == "<Registration closed files=2>"
+
+
+def test_all_or_nothing(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+    """One bad file among good ones, and none is registered."""  # catalogue 99
+    good = make_file("good", ONE)
+    registry.register("m", "_base", "b", good)
+    with pytest.raises(RegistrationError, match="'/nowhere/at/all': No such file or directory") as caught:
+        registry.register_files("m", "_base", {"a": good, "b": good, "c": "/nowhere/at/all"})
+
+    assert caught.value.filename == "c"
+    assert [artifact.filename for artifact in registry] == ["b"]
+    assert registry.unregister("m", "_base") == 1
+
+
+# ------------------------------------------------------------------ same key, same or other content
+
+
+def test_same_content_is_shared_and_counted(registry: MetadataArtifactRegistry) -> None:
+    """Registered twice under one key it is one entry, which goes with the last handle."""  # catalogue 102
+    first = registry.register("m", "_base", "f", pin_bytes(ONE))
+    second = registry.register("m", "_base", "f", pin_bytes(bytes(ONE)))
+    assert (len(registry), first.artifacts) == (1, second.artifacts)
+    first.close()
+
+    assert read(registry, "m", "_base", "f") == ONE
+    second.close()
+    assert read(registry, "m", "_base", "f") is None
+
+
+def test_other_content_stands_beside(registry: MetadataArtifactRegistry) -> None:
+    """The first keeps the plain URL, the newcomer's carries its digest, both are reachable."""
+    first = registry.register("m", "_base", "f", pin_bytes(ONE))
+    second = registry.register("m", "_base", "f", pin_bytes(TWO))
+
+    assert first.targets["f"] == "/v1/metadata/m/_base/f"
+    assert second.targets["f"] == f"/v1/metadata/m/_base/f?blake3={digest(TWO)}"
+    assert read(registry, "m", "_base", "f") == ONE
+    assert read(registry, "m", "_base", "f", digest(ONE)) == ONE
+    assert read(registry, "m", "_base", "f", digest(TWO)) == TWO
+    assert len(registry) == 2
+
+
+def test_next_oldest_takes_the_plain_url(registry: MetadataArtifactRegistry) -> None:
+    """When the first goes, the second answers both of its URLs, and the third still its own."""
+    one, two, three = (registry.register("m", "_base", "f", pin_bytes(data)) for data in (ONE, TWO, THREE))
+    one.close()
+
+    assert read(registry, "m", "_base", "f") == TWO
+    assert registry.lookup("/v1/metadata/m/_base/f") is two.artifacts[0]
+    assert registry.lookup(two.targets["f"]) is two.artifacts[0]
+    assert registry.lookup(three.targets["f"]) is three.artifacts[0]
+    assert read(registry, "m", "_base", "f", digest(ONE)) is None
+
+
+def test_former_first_comes_back_as_a_newcomer(registry: MetadataArtifactRegistry) -> None:
+    """Content that left its plain URL to another does not take it away again."""
+    one = registry.register("m", "_base", "f", pin_bytes(ONE))
+    registry.register("m", "_base", "f", pin_bytes(TWO))
+    one.close()
+    again = registry.register("m", "_base", "f", pin_bytes(ONE))
+
+    assert again.targets["f"].endswith(f"?blake3={digest(ONE)}")
+    assert read(registry, "m", "_base", "f") == TWO
+
+
+def test_younger_ones_leave_the_plain_url_alone(registry: MetadataArtifactRegistry) -> None:
+    """Closing a newcomer, in the middle too, changes nothing for the others."""
+    one, two, three = (registry.register("m", "_base", "f", pin_bytes(data)) for data in (ONE, TWO, THREE))
+    two.close()
+
+    assert registry.lookup("/v1/metadata/m/_base/f") is one.artifacts[0]
+    assert registry.lookup(two.targets["f"]) is None
+    assert registry.lookup(three.targets["f"]) is three.artifacts[0]
+    assert len(registry) == 2
+
+
+def test_base_and_lora_do_not_meet(registry: MetadataArtifactRegistry) -> None:
+    """A base model and its LoRA may have files of one name; either goes without the other."""  # catalogue 48
+    base = registry.register("m", BASE_SUFFIX, "config.json", pin_bytes(ONE))
+    lora = registry.register("m", "lora", "config.json", pin_bytes(TWO))
+    assert lora.targets["config.json"] == "/v1/metadata/m/lora/config.json"
+    base.close()
+
+    assert read(registry, "m", "lora", "config.json") == TWO
+    assert registry.unregister("m", BASE_SUFFIX) == 0
+    assert read(registry, "m", "lora", "config.json") == TWO
+
+
+def test_unregister_wins_over_handles(registry: MetadataArtifactRegistry) -> None:
+    """`unregister` removes every content of a model, and its handles then take nothing of a newcomer's."""
+    old = [registry.register("m", "_base", "f", pin_bytes(data)) for data in (ONE, ONE, TWO)]
+    assert registry.unregister("m", "_base") == 2
+    assert registry.unregister("m", "_base") == 0
+    registry.register("m", "_base", "f", pin_bytes(ONE))
+    for registration in old:
+        registration.close()
+
+    assert read(registry, "m", "_base", "f") == ONE
+    assert len(registry) == 1
+
+
+# ------------------------------------------------------------------ content of the process
+
+
+def test_equal_content_is_kept_once(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+    """Whatever the key or the registry, equal bytes are one object."""
+    other = MetadataArtifactRegistry()
+    artifacts = [
+        *registry.register("m", "_base", "a", make_file("a", ONE)).artifacts,
+        *registry.register("m", "_base", "b", make_file("b", ONE)).artifacts,
+        *registry.register("n", "lora", "a", pin_bytes(bytes(ONE))).artifacts,
+        *other.register("m", "_base", "a", make_file("c", ONE)).artifacts,
+    ]
+
+    assert len({id(artifact.content) for artifact in artifacts}) == 1
+    assert registry.pinned_bytes == len(ONE)
+
+
+def is_kept(data: bytes) -> bool:
+    """Tell whether the process still keeps `data`: then it prefers that to what is registered now."""
+    newcomer = pin_bytes(data)
+    with MetadataArtifactRegistry().register("probe", "_base", "f", newcomer) as probe:
+        return probe.artifacts[0].content is not newcomer
+
+
+def test_content_goes_with_its_last_user(registry: MetadataArtifactRegistry) -> None:
+    """Content is given back when the last key of it is gone, not before."""
+    first = registry.register("m", "_base", "f", pin_bytes(b"to be given back"))
+    second = registry.register("n", "_base", "f", pin_bytes(b"to be given back"))
+    first.close()
+    assert is_kept(b"to be given back")
+    second.close()
+
+    assert not is_kept(b"to be given back")
+
+
+def test_dropped_registry_gives_its_content_back() -> None:
+    """Nobody has to close what a registry holds before forgetting the registry."""
+    registry = MetadataArtifactRegistry()
+    registry.register("m", "_base", "f", pin_bytes(b"forgotten"))
+    registry.register("m", "_base", "f", pin_bytes(b"forgotten too"))
+    assert is_kept(b"forgotten")
+    del registry
+    gc.collect()
+
+    assert not is_kept(b"forgotten")
+    assert not is_kept(b"forgotten too")
+
+
+def test_same_registration_renews_a_changed_held_file(
+    registry: MetadataArtifactRegistry, make_file: MakeFile
+) -> None:
+    """A held file that changed is served again once the same bytes are registered anew."""
+    path = make_file("f", LARGE)
+    old = registry.register("m", "_base", "f", pin_file(path, max_pinned_bytes=0))
+    time.sleep(0.02)  # a tick of the file system's clock
+    os.truncate(path, 1)
+    assert not old.artifacts[0].content.is_intact()
+    new = registry.register("m", "_base", "f", pin_file(make_file("g", LARGE), max_pinned_bytes=0))
+    old.close()
+
+    assert read(registry, "m", "_base", "f") == LARGE
+    new.close()
+    assert not is_kept(LARGE)
+
+
+def test_held_files_take_no_memory(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+    """`pinned_bytes` counts memory alone."""
+    registry.register("m", "_base", "f", pin_file(make_file("f", LARGE), max_pinned_bytes=0))
+
+    assert (len(registry), registry.pinned_bytes) == (1, 0)
+
+
+# ------------------------------------------------------------------ names
+
+REFUSED_NAMES = [
+    ".",
+    "..",
+    "a/b",
+    "/",
+    "../x",
+    "a\\b",
+    "a\0",
+    "\n",
+    "a\r\nX-Inj: 1",  # catalogue 40
+    "\t",
+    "\x1f",
+    "\x7f",
+    "\x80",
+    "\x9f",
+    "\ud800",
+    "a\udfff",
+    "x" * 256,
+    "é" * 128,
+    "模" * 86,
+]
+
+
+@pytest.mark.parametrize("name", ["", *REFUSED_NAMES], ids=ascii)
+def test_refused_names(registry: MetadataArtifactRegistry, name: str) -> None:
+    """What is no single, printable segment of a path is refused, wherever it stands."""  # catalogue 15
+    for what in ("slug", "suffix", "filename"):
+        key = {"slug": "m", "suffix": "_base", "filename": "f", what: name}
+        if key["slug"] == "":
+            continue
+        with pytest.raises(RegistrationError, match=f"^cannot register the {what} ") as caught:
+            registry.register(key["slug"], key["suffix"], key["filename"], pin_bytes(ONE))
+        assert getattr(caught.value, what) == name
+        assert "\n" not in str(caught.value)
+    assert registry.is_empty()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x",
+        "...",
+        ".hidden",
+        "..x",
+        " ",
+        "a b.json",
+        "?",
+        "#",
+        "%41",
+        "%2e%2e%2f",
+        "100%",
+        "'\"<>&;=+,:@!$*()[]{}|^`~",
+        "CON",
+        "naïve 模型 🦙",
+        "\u2028",
+        "\u202e",
+        "\ue000",
+        "x" * MAX_NAME_BYTES,
+        "模" * 85,
+    ],
+    ids=ascii,
+)
+def test_servable_names(registry: MetadataArtifactRegistry, name: str) -> None:
+    """Any other name is served: its URL is plain ASCII, has no other meaning, and decodes to the name."""
+    target = registry.register(name, name, name, pin_bytes(ONE)).targets[name]
+
+    assert why_unservable(name) is None
+    assert target.isascii()
+    assert not set(target) & set("?#\\ \"'<>`{}|^;&+")
+    assert [unquote(segment) for segment in target.split("/")] == ["", "v1", "metadata", name, name, name]
+
+
+def test_empty_slug_is_one(registry: MetadataArtifactRegistry) -> None:
+    """A model whose name has no ASCII letter or digit has an empty slug."""
+    registration = registry.register("", "_base", "f", pin_bytes(ONE))
+
+    assert registration.targets["f"] == "/v1/metadata//_base/f"
+    assert read(registry, "", "_base", "f") == ONE
+
+
+# ------------------------------------------------------------------ against a model
+
+
+class Entry:
+    """What the model knows of one content under one key."""
+
+    def __init__(self, data: bytes, target: str) -> None:
+        self.data = data
+        self.target = target
+        self.holders = 0
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """A registry and a plain list of entries per key, which must always agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = MetadataArtifactRegistry()
+        self.entries: dict[tuple[str, str, str], list[Entry]] = {}
+        self.handles: list[tuple[Any, list[Entry]]] = []
+        self.open: set[int] = set()
+
+    @rule(
+        model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base")]),
+        files=st.dictionaries(st.sampled_from("ab"), st.sampled_from([ONE, TWO, THREE])),
+    )
+    def register(self, model: tuple[str, str], files: dict[str, bytes]) -> None:
+        """Register a model, whatever is there already."""
+        held = []
+        for name, data in files.items():
+            same_name = self.entries.setdefault((*model, name), [])
+            entry = next((e for e in same_name if e.data == data), None)
+            if entry is None:
+                plain = f"/v1/metadata/{model[0]}/{model[1]}/{name}"
+                entry = Entry(data, f"{plain}?blake3={digest(data)}" if same_name else plain)
+                same_name.append(entry)
+            entry.holders += 1
+            held.append(entry)
+        handle = self.registry.register_files(*model, {n: pin_bytes(bytes(d)) for n, d in files.items()})
+        assert list(handle.targets.values()) == [entry.target for entry in held]
+        self.open.add(len(self.handles))
+        self.handles.append((handle, held))
+
+    @precondition(lambda self: self.handles)
+    @rule(choice=st.integers(0, 10**6))
+    def close(self, choice: int) -> None:
+        """Close any handle, whether it is open or not."""
+        number = choice % len(self.handles)
+        handle, held = self.handles[number]
+        handle.close()
+        for entry in held if number in self.open else ():
+            entry.holders = max(entry.holders - 1, 0)
+        self.open.discard(number)
+        self.forget_unheld()
+
+    @rule(model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base"), ("n", "lora")]))
+    def unregister(self, model: tuple[str, str]) -> None:
+        """Remove a model under its handles."""
+        gone = [entry for key, entries in self.entries.items() if key[:2] == model for entry in entries]
+        for entry in gone:
+            entry.holders = 0
+        self.forget_unheld()
+        assert self.registry.unregister(*model) == len(gone)
+
+    def forget_unheld(self) -> None:
+        """Drop the entries that nobody holds any more."""
+        self.entries = {k: left for k, es in self.entries.items() if (left := [e for e in es if e.holders])}
+
+    @invariant()
+    def every_url_answers(self) -> None:
+        """Plain and digest URLs select what the model says, and no other URL is left."""
+        urls: dict[str, bytes] = {}
+        for (slug, suffix, name), entries in self.entries.items():
+            assert read(self.registry, slug, suffix, name) == entries[0].data
+            urls[f"/v1/metadata/{slug}/{suffix}/{name}"] = entries[0].data
+            for entry in entries:
+                assert read(self.registry, slug, suffix, name, digest(entry.data)) == entry.data
+                urls[entry.target] = entry.data
+        assert {t: a.content.read(0, a.content.size) for t, a in self.registry._targets.items()} == urls
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """Length, iteration and bytes are the model's."""
+        entries = [entry for same_name in self.entries.values() for entry in same_name]
+        assert len(self.registry) == len(entries)
+        assert {a.target for a in self.registry} == {entry.target for entry in entries}
+        assert self.registry.pinned_bytes == sum(map(len, {entry.data for entry in entries}))
+
+    def teardown(self) -> None:
+        """Close every handle: nothing stays, in the registry or in the process."""
+        for handle, _ in self.handles:
+            handle.close()
+        assert self.registry.is_empty()
+        assert repr(self.registry) == "<MetadataArtifactRegistry models=0 files=0>"
+        assert not any(is_kept(data) for data in (ONE, TWO, THREE))
+
+
+TestAgainstModel = RegistryMachine.TestCase  # catalogue 96
+TestAgainstModel.settings = settings(
+    max_examples=100, stateful_step_count=30, derandomize=True, database=None, deadline=None
+)
+
+
+# ------------------------------------------------------------------ threads
+
+
+@pytest.fixture
+def fast_switches() -> Iterator[None]:
+    """Let threads take turns at every opportunity."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_sixteen_threads(registry: MetadataArtifactRegistry, fast_switches: None) -> None:
+    """A hundred thousand operations at once: own models are exact, shared ones never wrong."""
+    contents = [pin_bytes(data) for data in (ONE, TWO, THREE)]  # catalogue 96
+    start = threading.Barrier(16)
+
+    def work(number: int) -> list[Any]:
+        start.wait()
+        return list(hammer(registry, f"own{number}", contents, random.Random(number)))
+
+    with ThreadPoolExecutor(16) as pool:
+        wrong = [found for founds in pool.map(work, range(16)) for found in founds]
+    assert wrong == []
+    assert (registry.is_empty(), repr(registry)) == (True, "<MetadataArtifactRegistry models=0 files=0>")
+    assert not any(is_kept(data) for data in (ONE, TWO, THREE))
+
+
+def hammer(
+    registry: MetadataArtifactRegistry, own: str, contents: list[Content], rng: random.Random
+) -> Iterator[Any]:
+    """Register, read and close in one thread; yield what was not as it must be."""
+    for turn in range(6_000):
+        content = rng.choice(contents)
+        with registry.register(f"rare{turn % 2}", "_base", "f", content) as rare:  # comes and goes
+            if registry.get(f"rare{turn % 2}", "_base", "f", content.checksum.hex) not in rare.artifacts:
+                yield "rare", turn
+        if turn % 10:
+            continue
+        common = registry.register("common", "_base", "f", content)
+        mine = registry.register_files(own, "_base", {"f": content, "g": contents[0]})
+        found = registry.get("common", "_base", "f", content.checksum.hex)
+        if found is None or found.content.checksum != content.checksum:
+            yield "common", found
+        plain = registry.lookup("/v1/metadata/common/_base/f") or registry.get("common", "_base", "f")
+        if plain is None:  # this thread holds one, so there is an oldest
+            yield "plain", plain
+        artifact = registry.get(own, "_base", "f")
+        if artifact is None or artifact.content.checksum != content.checksum:
+            yield own, artifact
+        mine.close()
+        common.close()
+        if registry.get(own, "_base", "f") is not None:
+            yield own, "still there"
+
+
+# ------------------------------------------------------------------ forks
+
+
+def test_children_of_a_busy_parent_do_not_hang(run_script: Any) -> None:
+    """Forked at any moment of other threads' registrations, a child registers and looks up at once."""
+    done = run_script(  # catalogue 43
+        """
+        import os, signal, sys, threading, warnings
+        from selfhost.worker.content import pin_bytes
+        from selfhost.worker.registry import MetadataArtifactRegistry
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the very subject
+        sys.setswitchinterval(1e-4)
+        registry, stop = MetadataArtifactRegistry(), threading.Event()
+        contents = [pin_bytes(b"%d" % i) for i in range(50)]
+        files = {str(i): content for i, content in enumerate(contents)}
+        registry.register("m", "_base", "f", pin_bytes(b"before the fork"))
+
+        def work(number):
+            while not stop.is_set():
+                registry.register_files(f"t{number}", "_base", files).close()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(150):
+            child = os.fork()
+            if not child:
+                signal.alarm(5)  # a child that waits for a lock would wait for ever
+                found = registry.get("m", "_base", "f")
+                with registry.register("c", "_base", "f", pin_bytes(b"in the child")):
+                    ok = found.content.read(0, 6) == b"before" and registry.get("c", "_base", "f")
+                os._exit(0 if ok and list(registry) else 1)
+            failed = os.waitpid(child, 0)[1]
+            if failed:
+                break
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print(failed, len(registry))
+        """,
+        timeout=200,
+    )
+
+    assert (done.stdout, done.stderr) == ("0 1\n", "")
