@@ -12,11 +12,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Callable, Optional
 
 from .errors import SettingsError
 
 _ON = frozenset({"1", "true", "yes", "on"})
+_TMP = "/tmp"  # noqa: S108 - Dynamo's place; processes meet there
 _STORE_NAME = "dynamo_store_kv"
 _BACKENDS = ("file", "mem")
 _DIGITS = re.compile(r"[0-9]{1,9}")  # bounded: int() refuses or crawls on thousands of digits
@@ -32,24 +33,26 @@ class Settings:
     system_host: str = "0.0.0.0"
     system_port: Optional[int] = None  # None: no status server; 0: any free port
     advertise_url: Optional[str] = None  # base URL to publish; None: derived from the bound address
-    file_kv: str = "/tmp/" + _STORE_NAME  # noqa: S108 - Dynamo's place; processes meet there
+    file_kv: str = _TMP + "/" + _STORE_NAME
     discovery_backend: str = "file"  # or "mem"
 
     @classmethod
-    def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> Settings:
+    def from_env(cls, environ: Optional[Mapping[str, str]] = None, **given: Any) -> Settings:
         """Read the settings from `environ` (None: this process's own, as it is now).
 
-        Raises SettingsError for the first variable whose value cannot be used.
+        A value that is `given` takes the place of its variable, which is then not looked at. Raises
+        SettingsError for the first variable whose value cannot be used.
         """
         env = os.environ if environ is None else environ
-        return cls(
-            self_host_metadata=env.get("DYN_SELF_HOST_METADATA", "").strip().lower() in _ON,
-            system_host=_host("DYN_SYSTEM_HOST", env) or cls.system_host,
-            system_port=_port("DYN_SYSTEM_PORT", env),
-            advertise_url=env.get("DYN_SYSTEM_ADVERTISE_URL", "").strip() or None,
-            file_kv=env.get("DYN_FILE_KV") or os.path.join(env.get("TMPDIR") or "/tmp", _STORE_NAME),  # noqa: S108
-            discovery_backend=_backend("DYN_DISCOVERY_BACKEND", env),
-        )
+        readers: dict[str, Callable[[], Any]] = {
+            "self_host_metadata": lambda: env.get("DYN_SELF_HOST_METADATA", "").strip().lower() in _ON,
+            "system_host": lambda: _host("DYN_SYSTEM_HOST", env) or cls.system_host,
+            "system_port": lambda: _port("DYN_SYSTEM_PORT", env),
+            "advertise_url": lambda: env.get("DYN_SYSTEM_ADVERTISE_URL", "").strip() or None,
+            "file_kv": lambda: env.get("DYN_FILE_KV") or os.path.join(env.get("TMPDIR") or _TMP, _STORE_NAME),
+            "discovery_backend": lambda: _backend("DYN_DISCOVERY_BACKEND", env),
+        }
+        return cls(**{**{name: read() for name, read in readers.items() if name not in given}, **given})
 
 
 def _host(variable: str, env: Mapping[str, str]) -> str:

@@ -115,3 +115,12 @@ def test_environment_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert Settings.from_env().system_port == 4711
     assert Settings().system_port is None
+
+
+def test_given_value_takes_the_place_of_its_variable() -> None:
+    """A flag wins, and a variable that it replaces may hold what this version does not know."""
+    environ = {"DYN_DISCOVERY_BACKEND": "etcd", "DYN_SYSTEM_PORT": "1234"}
+
+    settings = Settings.from_env(environ, discovery_backend="mem")
+
+    assert (settings.discovery_backend, settings.system_port) == ("mem", 1234)

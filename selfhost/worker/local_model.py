@@ -9,7 +9,6 @@ Sharing: any number of threads; attach and detach of one model exclude each othe
 
 from __future__ import annotations
 
-import http.client
 import logging
 import os
 import threading
@@ -18,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Optional, TypeVar, Union
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from ..card.checked_file import CheckedFile
 from ..card.checksum import Checksum
@@ -28,12 +27,11 @@ from ..card.model_type import ModelInput, ModelType, WorkerType
 from ..discovery.base import Bucket, model_record
 from ..errors import CardError, RegistrationError
 from .content import Content, pin_file
-from .registry import BASE_SUFFIX, MetadataArtifactRegistry, Registration, why_unservable
+from .registry import BASE_SUFFIX, MAX_NAME_BYTES, MetadataArtifactRegistry, Registration, why_unservable
 from .runtime import DistributedRuntime, Endpoint
+from .self_check import can_fetch
 
 logger = logging.getLogger(__name__)
-
-SELF_CHECK_SECONDS = 2.0  # for each of connecting and reading
 
 _Kind = TypeVar("_Kind", ModelInput, WorkerType)
 PathLike = Union[str, "os.PathLike[str]"]
@@ -168,7 +166,8 @@ class LocalModel:
         registration = self.move_to_self_host(runtime.metadata_artifacts, base_url)
         undo.callback(registration.close)
         if runtime.status_server is not None and self._files and runtime.can_reach_itself is not False:
-            runtime.can_reach_itself = _can_fetch(self._files[0])
+            first = self._files[0]
+            runtime.can_reach_itself = can_fetch(first.url, first.checksum, first.size)
 
     def _publish(self, endpoint: Endpoint, undo: ExitStack) -> None:
         key = endpoint.key(self._suffix if self.card.lora else None)
@@ -239,15 +238,26 @@ class LocalModel:
 
 
 def _without_unservable(card: ModelDeploymentCard) -> ModelDeploymentCard:
-    """Leave out extra files whose names cannot be part of a URL path."""
+    """Leave out extra files whose names frontends cannot take out of a URL."""
     kept = []
     for file in card.extra_files:
-        reason = why_unservable(os.path.basename(file.path)) if file.is_local else None
+        reason = _why_unusable(os.path.basename(file.path)) if file.is_local else None
         if reason is None:
             kept.append(file)
         else:
-            logger.warning("%r is not served: its name cannot be in a URL: %s", file.path, reason)
+            logger.warning("%r is not served, its name cannot be in a URL: %s", file.path, reason)
     return card if len(kept) == len(card.extra_files) else replace(card, extra_files=tuple(kept))
+
+
+def _why_unusable(name: str) -> Optional[str]:
+    """Return why frontends cannot store a file under this name as it stands in a URL, or None if they can.
+
+    Dynamo's keeps the percent-encoded name, whose limit a name in Chinese reaches three times as early.
+    """
+    reason = why_unservable(name)
+    if reason is None and len(quote(name, safe="")) > MAX_NAME_BYTES:
+        reason = f"percent-encoded it has more than {MAX_NAME_BYTES} characters"
+    return reason
 
 
 def _local_files(card: ModelDeploymentCard) -> list[CheckedFile]:
@@ -270,42 +280,12 @@ def _choose_names(card: ModelDeploymentCard) -> dict[str, str]:
     taken: dict[str, Checksum] = {}
     for file in _local_files(card):
         name = os.path.basename(file.path)
-        if why_unservable(name) or taken.get(name, file.checksum) != file.checksum:
-            name = f"{file.checksum.hex[:16]}{os.path.splitext(name)[1]}"
+        if _why_unusable(name) or taken.get(name, file.checksum) != file.checksum:
+            extension = os.path.splitext(name)[1]
+            name = file.checksum.hex[:16] + ("" if _why_unusable(extension or ".") else extension)
         taken[name] = file.checksum
         names[file.path] = name
     return names
-
-
-def _can_fetch(file: ServedFile) -> bool:
-    """Fetch one of our own URLs; a failure only warns, because NAT may refuse the way back."""
-    try:
-        data = _get(file.url, file.size + 1)
-    except (OSError, http.client.HTTPException) as error:
-        found = f"{type(error).__name__}: {error}"
-    else:
-        if Checksum.of(data) == file.checksum:
-            return True
-        found = "other bytes than those registered"
-    logger.warning(
-        "this worker cannot fetch its own %s (%s); if frontends cannot either, set DYN_SYSTEM_ADVERTISE_URL "
-        "to a base URL that they can reach", file.url, found,
-    )  # fmt: skip
-    return False
-
-
-def _get(url: str, max_bytes: int) -> bytes:
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=SELF_CHECK_SECONDS)
-    try:
-        connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise http.client.HTTPException(f"status {response.status}")
-        return response.read(max_bytes)
-    finally:
-        connection.close()
 
 
 # ------------------------------------------------------------------ Dynamo's entry point

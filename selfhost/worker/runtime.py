@@ -21,10 +21,10 @@ from ..errors import DiscoveryError, SettingsError
 from ..settings import Settings
 from .advertise import AdvertisedAddress, advertised_address
 from .registry import MetadataArtifactRegistry
-from .server import SystemStatusServer
 
 if TYPE_CHECKING:
     from .local_model import LocalModel
+    from .server import SystemStatusServer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class DistributedRuntime:
             if self.settings.advertise_url is not None:
                 AdvertisedAddress.parse(self.settings.advertise_url, variable="DYN_SYSTEM_ADVERTISE_URL")
             if self._server is None and self.settings.system_port is not None:
+                from .server import SystemStatusServer  # an app mounted in another server needs none
+
                 self._server = SystemStatusServer(
                     self.metadata_artifacts,
                     self.settings.system_host,

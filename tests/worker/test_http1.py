@@ -36,7 +36,7 @@ def test_plain_get() -> None:
     ("head", "keep_alive"),
     [
         (get(), True),
-        (get(b"Connection: close"), True),
+        (get(b"Connection: close"), False),
         (get(b"Connection: foo, CLOSE"), False),
         (get(b"Connection: foo", b"Connection: close"), False),
         (get(b"Connection: keep-alive, close"), False),

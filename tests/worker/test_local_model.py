@@ -75,12 +75,13 @@ def test_odd_file_name(name: str, runtime: Any, spy: Any, model_dir: Any, fetch:
     assert fetch(file.path) == (200, b"odd")
 
 
+@pytest.mark.parametrize("name", ["b\\ad\n.txt", "模" * 29 + ".txt"], ids=["controls", "long when encoded"])
 def test_unservable_extra_is_left_out(
-    runtime: Any, spy: Any, model_dir: Any, caplog: pytest.LogCaptureFixture
+    name: str, runtime: Any, spy: Any, model_dir: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An extra file whose name no URL can carry is left out with a warning; the others are served."""
     directory = model_dir(fine__txt=b"fine")
-    Path(directory, "b\\ad\n.txt").write_bytes(b"bad")
+    Path(directory, name).write_bytes(b"bad")
     LocalModel.load(directory, name="m").attach(runtime.endpoint("ns.comp.ep"))
 
     assert [file.basename for file in spy.card().extra_files] == ["fine.txt"]
@@ -100,7 +101,9 @@ def test_url_slots_are_left_alone(path: str, runtime: Any, spy: Any, model_dir: 
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["other bytes", "same bytes"])
-@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "extra.txt", "own.jinja"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "chat_template.jinja", "extra.txt", "own.jinja", "模" * 80 + ".jinja", "a\n.b\n"]
+)
 def test_custom_template_of_any_name(
     name: str, same: bool, runtime: Any, spy: Any, model_dir: Any, tmp_path: Path, fetch: Any
 ) -> None:

@@ -189,7 +189,7 @@ def test_range_of_a_large_file(server: SystemStatusServer, connect: Any, serve_b
     answer = connect(server).get(serve_bytes(LARGE), "Range: bytes=100000-1899999").answer()
 
     assert answer.status == 206
-    assert answer.fields["content-range"] == "bytes 100000-1899999/2000000"
+    assert answer.fields["content-range"] == f"bytes 100000-1899999/{len(LARGE)}"
     assert answer.body == LARGE[100000:1900000]
 
 

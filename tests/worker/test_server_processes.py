@@ -38,9 +38,12 @@ def get(port, target=TARGET):
         ("server.start(); sys.exit(3)", 3, ""),
         ("server.start(); os._exit(4)", 4, ""),
         ("server.start(); raise RuntimeError('the host failed')", 1, "the host failed"),
-        ("threading.Thread(target=server.start).start()", 0, ""),
-        ("threading.Thread(target=lambda: (server.start(), sys.exit())).start()", 0, ""),
-        ("threading.Thread(target=lambda: (time.sleep(0.1), server.start())).start()", 0, ""),
+        ("other = threading.Thread(target=server.start); other.start(); other.join()", 0, ""),
+        (
+            "server.start(); threading.Thread(target=lambda: (time.sleep(0.1), get(server.port))).start()",
+            0,
+            "",
+        ),
         ("server.start(); server.close()", 0, ""),
     ],
 )
