@@ -59,13 +59,18 @@ class Checksum:
     @classmethod
     def of(cls, data: Buffer) -> Checksum:
         """Return the checksum of `data`."""
-        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
-        if size < _THREADS_FROM_BYTES:
-            return cls(_blake3()(data).hexdigest())
-        return cls(_blake3()(data, max_threads=_threads_for(size)).hexdigest())
+        return cls(hash_bytes(data))
 
     def __str__(self) -> str:
         return f"blake3:{self.hex}"
+
+
+def hash_bytes(data: Buffer) -> str:
+    """Return the BLAKE3 digest of `data` as 64 hexadecimal digits."""
+    size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+    if size < _THREADS_FROM_BYTES:
+        return _blake3()(data).hexdigest()
+    return _blake3()(data, max_threads=_threads_for(size)).hexdigest()
 
 
 def new_hasher(*, threads: int = 1) -> Hasher:

@@ -66,7 +66,7 @@ def hit_fields(filename: str, content: Content) -> Fields:
     return (
         ("Content-Type", media_type(filename)),
         ("Content-Length", str(content.size)),
-        ("ETag", f'"{content.checksum.hex}"'),
+        ("ETag", f'"{content.hex}"'),
         _ACCEPT_RANGES,
         _CACHE_CONTROL,
         _NOSNIFF,
@@ -145,7 +145,7 @@ def answer_hit(method: str, artifact: Artifact, headers: Headers) -> Answer:
     content = artifact.content
     if not content.is_intact():
         return UNREADABLE
-    etag = artifact.content.checksum.hex
+    etag = artifact.content.hex
     status = evaluate_preconditions(etag, headers)
     if status == 304:
         return Answer(304, (("ETag", f'"{etag}"'), _CACHE_CONTROL, _NOSNIFF))

@@ -22,7 +22,7 @@ import stat
 import weakref
 from typing import Optional, Union
 
-from ..card.checksum import MAX_FILE_BYTES, Checksum, hash_fd
+from ..card.checksum import MAX_FILE_BYTES, Checksum, hash_bytes, hash_fd
 
 MAX_PINNED_BYTES = 64 * 1024 * 1024  # above, a descriptor is held instead: memory belongs to the model
 # Sealed files at the same time: a host's descriptors (often 1,024 in all) are not ours to use up. Further
@@ -57,14 +57,19 @@ class Descriptor:
 class MemoryContent:
     """Content that is held in memory, or in a sealed memfd once somebody asked for that."""
 
-    __slots__ = ("_sealed", "checksum", "data", "size", "users")
+    __slots__ = ("_sealed", "data", "hex", "size", "users")
 
-    def __init__(self, checksum: Checksum, data: bytes) -> None:
-        self.checksum = checksum
+    def __init__(self, hex: str, data: bytes) -> None:
+        self.hex = hex  # the blake3 digest of `data`
         self.size = len(data)
         self.users = 0  # kept by the registry
         self.data: Optional[bytes] = data  # None once the sealed file has it
         self._sealed: Optional[Descriptor] = None
+
+    @property
+    def checksum(self) -> Checksum:
+        """The checksum of the bytes."""
+        return Checksum(self.hex)
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` up to `stop`; never short, never blocking."""
@@ -96,11 +101,12 @@ class MemoryContent:
 class HeldFile:
     """Content too large for memory: an open file that must not change; see the module's docstring."""
 
-    __slots__ = ("_descriptor", "_path", "_pinned", "checksum", "size", "users")
+    __slots__ = ("_descriptor", "_path", "_pinned", "checksum", "hex", "size", "users")
     data = None  # nothing in memory
 
     def __init__(self, checksum: Checksum, descriptor: Descriptor, path: str, pinned: _Stamp) -> None:
         self.checksum = checksum
+        self.hex = checksum.hex
         self.size = pinned[2]
         self.users = 0  # kept by the registry
         self._descriptor = descriptor
@@ -153,7 +159,7 @@ def pin_file(path: str, *, max_pinned_bytes: int = MAX_PINNED_BYTES) -> Content:
 
 def pin_bytes(data: bytes) -> MemoryContent:
     """Hash and keep `data`."""
-    return MemoryContent(Checksum.of(data), data)
+    return MemoryContent(hash_bytes(data), data)
 
 
 def _read_small(fd: int) -> Optional[bytes]:

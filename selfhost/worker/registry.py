@@ -133,7 +133,7 @@ def _all_of(models: _Models) -> Iterator[Artifact]:
 
 
 def _with_digest(oldest: Artifact, digest: str) -> Optional[Artifact]:
-    return next((a for a in (oldest, *oldest.younger) if a.content.checksum.hex == digest), None)
+    return next((a for a in (oldest, *oldest.younger) if a.content.hex == digest), None)
 
 
 class MetadataArtifactRegistry:
@@ -185,7 +185,7 @@ class MetadataArtifactRegistry:
     def _insert(self, model: dict[str, Artifact], new: Artifact) -> Artifact:
         oldest = model.setdefault(new.filename, new)
         if oldest is not new:
-            known = _with_digest(oldest, new.content.checksum.hex)
+            known = _with_digest(oldest, new.content.hex)
             if known is not None:
                 known.holders += 1
                 if (
@@ -194,7 +194,7 @@ class MetadataArtifactRegistry:
                     _unshare(known.content)
                     known.content = _share(new.content)
                 return known
-            new.target += f"?blake3={new.content.checksum.hex}"
+            new.target += f"?blake3={new.content.hex}"
             oldest.younger = (*oldest.younger, new)
         new.content = _share(new.content)
         self._targets[new.target] = new
@@ -247,7 +247,7 @@ class MetadataArtifactRegistry:
     @property
     def pinned_bytes(self) -> int:
         """Memory that the registered content takes, in bytes: each digest once, held files not at all."""
-        contents = {artifact.content.checksum.hex: artifact.content for artifact in self}
+        contents = {artifact.content.hex: artifact.content for artifact in self}
         return sum(content.size for content in contents.values() if isinstance(content, MemoryContent))
 
     def __len__(self) -> int:
@@ -267,6 +267,7 @@ class MetadataArtifactRegistry:
 
 # ------------------------------------------------------------------ names and sources
 
+_PLAIN_NAME = re.compile("[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,254}")  # nothing to refuse, nothing to encode
 # Separators, control characters (C0, DEL, C1) and halves of surrogate pairs, which have no UTF-8.
 _FORBIDDEN = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -286,9 +287,11 @@ def why_unservable(name: str) -> Optional[str]:
 @functools.lru_cache(maxsize=4096)  # a thousand adapters have the same ten filenames
 def _segment(name: str, what: str) -> str:
     """Validate and percent-encode one segment of a URL path."""
-    reason = (
-        None if what == "slug" and name == "" else why_unservable(name)
-    )  # a name like 模型 has the slug ""
+    if _PLAIN_NAME.fullmatch(name):
+        return name
+    if what == "slug" and name == "":  # of a model called 模型, for one
+        return name
+    reason = why_unservable(name)
     if reason is not None:
         where = {what: name}
         raise RegistrationError(f"cannot register the {what} {name!r}: {reason}", reason=reason, **where)
@@ -317,17 +320,17 @@ _contents: dict[str, Content] = {}  # by blake3 hex; `users` of each counts the 
 
 def _share(content: Content) -> Content:
     """Count one more user of this content, and return the object that all of them use."""
-    known = _contents.setdefault(content.checksum.hex, content)
+    known = _contents.setdefault(content.hex, content)
     if known is not content and not known.is_intact():
-        known = _contents[content.checksum.hex] = content
+        known = _contents[content.hex] = content
     known.users += 1
     return known
 
 
 def _unshare(content: Content) -> None:
     content.users -= 1
-    if not content.users and _contents.get(content.checksum.hex) is content:
-        del _contents[content.checksum.hex]
+    if not content.users and _contents.get(content.hex) is content:
+        del _contents[content.hex]
 
 
 def _drop_models(models: _Models) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 512  # connections that the kernel keeps for us while we are busy
 # What the kernel holds of an answer that it cannot send yet. Its own limit is 4 MB and more for each slow
 # client, who then takes bytes for long before the socket becomes writable, and would look stalled.
-UNSENT_BYTES = 256 * 1024
+UNSENT_BYTES = 128 * 1024
 
 
 class SystemStatusServer:
