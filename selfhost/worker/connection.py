@@ -36,9 +36,8 @@ LINGER_BYTES = 256 * 1024  # thrown away after a refusal, at most
 
 _CLOSE = b"Connection: close\r\n"
 
-# Clients send the same head again and again; strictness then costs one dictionary look-up. Only plain GETs:
-# head -> its target, and what the answer says of the connection.
-_known_heads: dict[bytes, tuple[str, bytes]] = {}
+# Clients send the same head again and again; strictness then costs one dictionary look-up. Of plain GETs the
+# loop keeps: head -> its target, and what the answer says of the connection.
 _KNOWN_HEADS = 256
 _KNOWN_HEAD_BYTES = 1024
 _UNKNOWN = ("", b"")  # no target is empty
@@ -114,7 +113,7 @@ class Connection:
 
         The path of nearly every request, and kept short for that.
         """
-        target, connection_field = _known_heads.get(head, _UNKNOWN)
+        target, connection_field = self._loop.known_heads.get(head, _UNKNOWN)
         artifact = self._loop.registry.lookup(target)
         data: Optional[bytes] = artifact.content.data if artifact is not None else None
         if artifact is None or data is None or len(data) > SINGLE_SEND_BYTES or self._loop.is_closing:
@@ -127,7 +126,8 @@ class Connection:
         if sent < len(answer):
             self._out = memoryview(answer)[sent:]
             self._close_after = bool(connection_field)
-            self._begin(now)
+            if self._begin(now):
+                self._await_head(now)
         elif connection_field:
             self.close()
         else:
@@ -175,9 +175,15 @@ class Connection:
         except http1.BadRequest as fault:
             return self._refuse(fault, now)
         if request.is_plain and len(head) <= _KNOWN_HEAD_BYTES:
-            _remember(head, request)
+            self._remember(head, request)
         self._close_after = not request.keep_alive or self._loop.is_closing
         return self._send(self._loop.answer(request), request, now)
+
+    def _remember(self, head: bytes, request: http1.Request) -> None:
+        known = self._loop.known_heads
+        if len(known) >= _KNOWN_HEADS:
+            known.clear()
+        known[head] = request.target, b"" if request.keep_alive else _CLOSE
 
     def _refuse(self, fault: http1.BadRequest, now: float) -> bool:
         """Answer what is not understood, then close: what follows it has no meaning any more."""
@@ -210,7 +216,7 @@ class Connection:
             parts.append(answer.content.read(answer.start, answer.stop))
         else:
             self._content, self._position, self._end = (answer.content, answer.start, answer.stop)
-            self._sealed = answer.content.sealed() if answer.content.size >= SENDFILE_BYTES else None
+            self._sealed = answer.content.sealed() if self._end - self._position >= SENDFILE_BYTES else None
 
     def _begin(self, now: float) -> bool:
         limits = self._loop.limits
@@ -295,12 +301,6 @@ class Connection:
         if interest != self._interest:
             self._loop.watch(self, interest, known=self._interest != 0)
             self._interest = interest
-
-
-def _remember(head: bytes, request: http1.Request) -> None:
-    if len(_known_heads) >= _KNOWN_HEADS:
-        _known_heads.clear()
-    _known_heads[head] = request.target, b"" if request.keep_alive else _CLOSE
 
 
 def _too_large() -> http1.BadRequest:

@@ -6,8 +6,10 @@ What is served is what was hashed, whatever happens to the file afterwards:
   a server wants to send them with sendfile; then they move into a sealed memfd, a file in memory that
   nobody can change or truncate any more (Linux). Filling a memfd costs four times what reading the
   file costs, so only content that is really downloaded pays for it, and only once;
-- above, the file's descriptor is held, and every read compares the file's stamp (inode, size, mtime, ctime)
-  with the one it had while it was hashed; a difference raises OSError and the transfer must be aborted.
+- above, the file's descriptor is held, and every read compares the file's size and mtime with those it had
+  while it was hashed; a difference raises OSError and the transfer must be aborted. Removing, renaming or
+  replacing the file changes nothing: the descriptor still has it. (Not its ctime, which all of these change:
+  who edits a file and sets its mtime back is found out by the frontend, which hashes what it gets.)
 
 Content lives as long as somebody refers to it (a registration, an answer on its way) and frees its memory
 and descriptor with the last reference. Sharing between threads and with forked children is safe: memory
@@ -17,12 +19,15 @@ and sealed files never change, and every read names its own offset.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import weakref
 from typing import Optional, Union
 
 from ..card.checksum import MAX_FILE_BYTES, Checksum, hash_bytes, hash_fd
+
+logger = logging.getLogger(__name__)
 
 MAX_PINNED_BYTES = 64 * 1024 * 1024  # above, a descriptor is held instead: memory belongs to the model
 # Sealed files at the same time: a host's descriptors (often 1,024 in all) are not ours to use up. Further
@@ -76,8 +81,7 @@ class MemoryContent:
         data, sealed = self.data, self._sealed
         if data is None and sealed is not None:
             return _pread_exactly(sealed.fd, start, stop)
-        assert data is not None  # noqa: S101 - it leaves only after the sealed file has come
-        return data if stop - start == len(data) else data[start:stop]
+        return b"" if data is None else data[start:stop]  # a whole slice of bytes is no copy
 
     def is_intact(self) -> bool:
         """Tell whether this can still be served: always."""
@@ -101,28 +105,40 @@ class MemoryContent:
 class HeldFile:
     """Content too large for memory: an open file that must not change; see the module's docstring."""
 
-    __slots__ = ("_descriptor", "_path", "_pinned", "checksum", "hex", "size", "users")
+    __slots__ = ("_descriptor", "_is_reported", "_path", "_pinned", "checksum", "hex", "size", "users")
     data = None  # nothing in memory
 
-    def __init__(self, checksum: Checksum, descriptor: Descriptor, path: str, pinned: _Stamp) -> None:
+    def __init__(self, checksum: Checksum, descriptor: Descriptor, path: str, pinned: os.stat_result) -> None:
         self.checksum = checksum
         self.hex = checksum.hex
-        self.size = pinned[2]
+        self.size = pinned.st_size
         self.users = 0  # kept by the registry
         self._descriptor = descriptor
         self._path = path
-        self._pinned = pinned
+        self._pinned = pinned.st_size, pinned.st_mtime_ns
+        self._is_reported = False
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` up to `stop`, or raise OSError if the file is not what was hashed."""
-        data = _pread_exactly(self._descriptor.fd, start, stop)
-        if not self.is_intact():  # after the read: what came is unchanged
+        data = os.pread(self._descriptor.fd, stop - start, start)
+        if not self.is_intact() or len(data) != stop - start:  # after the read: what came is unchanged
             raise OSError(errno.ESTALE, "the file changed after it was hashed and registered", self._path)
         return data
 
     def is_intact(self) -> bool:
-        """Tell whether the file is still the one that was hashed."""
-        return _stamp(os.fstat(self._descriptor.fd)) == self._pinned
+        """Tell whether the file is still the one that was hashed; warn once if it is not."""
+        try:
+            status = os.fstat(self._descriptor.fd)
+            found = status.st_size, status.st_mtime_ns
+        except OSError:  # a network disk that forgot the file
+            found = -1, -1
+        if found != self._pinned and not self._is_reported:
+            self._is_reported = True
+            logger.warning(
+                "%r is no longer served: (size, mtime in ns) was %r when it was hashed and is %r now; "
+                "register the model again", self._path, self._pinned, found,
+            )  # fmt: skip
+        return found == self._pinned
 
     def sealed(self) -> None:
         """Return None: sendfile would send bytes that nobody has compared with the stamp."""
@@ -185,7 +201,7 @@ def _hold(path: str, fd: int, before: os.stat_result) -> Content:
     checksum, size = hash_fd(fd, before.st_size)
     if size != before.st_size or _stamp(os.fstat(fd)) != _stamp(before):
         raise OSError(errno.EBUSY, "changed while it was hashed", path)
-    return HeldFile(checksum, held, path, _stamp(before))
+    return HeldFile(checksum, held, path, before)
 
 
 def _pread_exactly(fd: int, start: int, stop: int) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ACCEPTS_PER_TURN = 64
 SWEEP_SECONDS = 0.5  # how late a deadline may be noticed
+STALLED_SECONDS = 1.0  # without taking a byte, and a client makes room for others if there is none left
 PAUSE_SECONDS = 0.2  # before the next try when the process has no descriptor or memory left
 
 _BUSY = (
@@ -38,7 +40,7 @@ _BUSY = (
 class ServerLimits:
     """What clients may cost."""
 
-    max_connections: int = 512  # then whoever has waited longest makes room; while all are served, 503
+    max_connections: int = 512  # then one that waits or has stalled makes room, else the new one gets 503
     idle_seconds: float = 30.0  # without a request
     head_seconds: float = 10.0  # from a head's first byte to its last
     stall_seconds: float = 20.0  # without taking a byte of an answer
@@ -54,7 +56,7 @@ class EventLoop:
         registry: MetadataArtifactRegistry,
         listener: socket.socket,
         limits: ServerLimits,
-        endpoints: Callable[[], Mapping[str, str]],
+        endpoints: Optional[Callable[[], Mapping[str, str]]],
     ) -> None:
         self.registry = registry
         self.limits = limits
@@ -64,6 +66,8 @@ class EventLoop:
         self._endpoints = endpoints
         self._listener: Optional[socket.socket] = listener
         self._accept_at: Optional[float] = None  # while accepting pauses: when to go on
+        self._is_starved = False  # of descriptors or memory, as the log knows already
+        self.known_heads: dict[bytes, tuple[str, bytes]] = {}  # kept by the connections
         self._started_at = time.monotonic()
         self._stop_at = float("inf")
         self._sweep_at = 0.0
@@ -113,6 +117,9 @@ class EventLoop:
     # -------------------------------------------------------------- the thread
 
     def _run(self) -> None:
+        # Where the host restored SIGPIPE's default, a client that hangs up would end the host's process.
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         try:
             while not self._is_done():
                 try:
@@ -139,8 +146,8 @@ class EventLoop:
             self._sweep(now)
 
     def _handle(self, sock: socket.socket, handler: Callable[[float], None]) -> None:
-        self._handlers[sock.fileno()] = handler
         self._poller.register(sock.fileno(), READ)
+        self._handlers[sock.fileno()] = handler
 
     def _unhandle(self, sock: socket.socket) -> None:
         del self._handlers[sock.fileno()]
@@ -161,8 +168,8 @@ class EventLoop:
             logger.debug("a client was too slow and is disconnected")
             connection.close()
         if self._accept_at is not None and now >= self._accept_at and self._listener is not None:
-            self._accept_at = None
             self._handle(self._listener, self._accept)
+            self._accept_at = None
 
     # -------------------------------------------------------------- accepting
 
@@ -177,23 +184,29 @@ class EventLoop:
             except OSError as error:
                 self._pause_accepting(error, now)
                 return
+            self._is_starved = False
             sock.setblocking(False)
-            if len(self.connections) < self.limits.max_connections or self._make_room():
+            if len(self.connections) < self.limits.max_connections or self._make_room(now):
                 connection = Connection(self, sock, now)
                 self.connections.add(connection)
                 connection.on_event(now)  # its request is often there already
             else:
                 _send_busy(sock)
 
-    def _make_room(self) -> bool:
+    def _make_room(self, now: float) -> bool:
+        """Close whoever waits and is nearest to its deadline, else whoever has taken nothing for a while."""
         waiting = [connection for connection in self.connections if not connection.is_sending]
-        if waiting:
-            min(waiting, key=lambda connection: connection.deadline).close()
-        return bool(waiting)
+        victim = min(waiting or self.connections, key=lambda connection: connection.deadline)
+        if not waiting and victim.deadline > now + self.limits.stall_seconds - STALLED_SECONDS:
+            return False
+        victim.close()
+        return True
 
     def _pause_accepting(self, error: OSError, now: float) -> None:
         """Look away from the listener for a moment: out of descriptors, it would be ready again at once."""
-        logger.warning("the status server cannot accept a connection: %s", error)
+        if not self._is_starved:  # once: it may last, and be met again five times a second
+            self._is_starved = True
+            logger.warning("the status server cannot accept a connection: %s", error)
         if self._listener is not None:
             self._unhandle(self._listener)
             self._accept_at = now + PAUSE_SECONDS
@@ -215,18 +228,23 @@ class EventLoop:
             artifact = find(self.registry, path, query)
             if artifact is not None:
                 return answer_hit(request.method, artifact, request.fields)
-            return self._health() if path in ("/health", "/live") else NOT_FOUND
+            if path == "/live":
+                return json_answer(200, {"status": "live", "uptime": self._uptime()})
+            return self._health() if path == "/health" else NOT_FOUND
         except (Exception, SystemExit):  # of the host's `endpoints`, say
             logger.exception("cannot answer %r", request.target)
             return FAILED
 
     def _health(self) -> Answer:
-        endpoints = dict(self._endpoints())
-        ready = all(state == "ready" for state in endpoints.values())
-        secs, fraction = divmod(time.monotonic() - self._started_at, 1)
-        uptime = {"secs": int(secs), "nanos": int(fraction * 1e9)}
-        state = {"status": "ready" if ready else "notready", "uptime": uptime, "endpoints": endpoints}
+        endpoints = {} if self._endpoints is None else dict(self._endpoints())
+        ready = self._endpoints is None or set(endpoints.values()) == {"ready"}
+        status = "ready" if ready else "notready"
+        state = {"status": status, "uptime": self._uptime(), "endpoints": endpoints}
         return json_answer(200 if ready else 503, state)
+
+    def _uptime(self) -> dict[str, int]:
+        secs, fraction = divmod(time.monotonic() - self._started_at, 1)
+        return {"secs": int(secs), "nanos": int(fraction * 1e9)}
 
     def status_head(self, status: int) -> bytes:
         """Return the status line and the fields that every answer has."""
@@ -250,8 +268,8 @@ class EventLoop:
         if known:
             self._poller.modify(fd, interest)
         else:
-            self._handlers[fd] = connection.on_event
             self._poller.register(fd, interest)
+            self._handlers[fd] = connection.on_event
 
     def forget(self, connection: Connection, *, watched: bool) -> None:
         """Drop a connection that is about to close its socket."""

@@ -9,8 +9,8 @@ Rules
 - Files are read and hashed before the lock is taken; the lock covers dictionary work only. It is one lock
   for all registries of the process, because they share the content.
 
-Sharing: any number of threads; look-ups read one dictionary without the lock (each sees the state before
-or after a registration, never half of one). Forked children inherit a whole, unlocked copy.
+Sharing: any number of threads. Look-ups take no lock; each sees a file as it was before or after a change.
+Forked children inherit a whole, unlocked copy.
 """
 
 from __future__ import annotations
@@ -188,9 +188,7 @@ class MetadataArtifactRegistry:
             known = _with_digest(oldest, new.content.hex)
             if known is not None:
                 known.holders += 1
-                if (
-                    not known.content.is_intact()
-                ):  # a held file that changed since; the new one has just been read
+                if isinstance(known.content, HeldFile):  # it may have changed since; not so the new one
                     _unshare(known.content)
                     known.content = _share(new.content)
                 return known
@@ -321,7 +319,7 @@ _contents: dict[str, Content] = {}  # by blake3 hex; `users` of each counts the 
 def _share(content: Content) -> Content:
     """Count one more user of this content, and return the object that all of them use."""
     known = _contents.setdefault(content.hex, content)
-    if known is not content and not known.is_intact():
+    if isinstance(known, HeldFile):  # it may have changed since; not so the new one
         known = _contents[content.hex] = content
     known.users += 1
     return known

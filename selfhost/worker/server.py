@@ -41,8 +41,9 @@ UNSENT_BYTES = 128 * 1024
 class SystemStatusServer:
     """The embedded HTTP server of one process; any number of models share it through their registry.
 
-    `endpoints` is asked at each /health and /live for the state of each endpoint, by name. Nothing is opened
-    before `start`, which raises StatusServerError if the address cannot be bound.
+    `endpoints` is asked at each /health for the state of each endpoint, by name: the answer is 200 if there
+    is one and all are "ready", else 503; without it always 200, as /live is. Nothing is opened before `start`,
+    which raises StatusServerError if the address cannot be bound.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SystemStatusServer:
         port: int = 0,
         *,
         limits: Optional[ServerLimits] = None,
-        endpoints: Callable[[], Mapping[str, str]] = dict,
+        endpoints: Optional[Callable[[], Mapping[str, str]]] = None,
     ) -> None:
         self.registry = registry
         self.limits = limits or ServerLimits()

@@ -292,7 +292,42 @@ def test_held_file_reads_what_was_hashed(make_file: MakeFile) -> None:
     assert (content.sealed(), content.data) == (None, None)
 
 
-@mutations
+@pytest.mark.parametrize(
+    "touch",
+    [
+        replace,
+        os.unlink,
+        become_fifo,
+        become_directory,
+        lambda p: os.chmod(p, 0),
+        lambda p: os.link(p, p + "2"),
+    ],
+    ids=["replace", "unlink", "fifo", "directory", "chmod", "link"],
+)
+def test_held_file_outlives_its_name(make_file: MakeFile, touch: Callable[[str], None]) -> None:
+    """What becomes of the name, the mode or the links changes no byte of the open file."""
+    path = make_file("f", DATA)
+    content = pin_file(path, max_pinned_bytes=0)
+    tick()
+    touch(path)
+
+    assert content.is_intact()
+    assert content.read(0, len(DATA)) == DATA
+
+
+def test_changed_held_file_is_reported_once(make_file: MakeFile, caplog: pytest.LogCaptureFixture) -> None:
+    """The operator is told which file it was and what to do, not at every request."""
+    path = make_file("f", DATA)
+    content = pin_file(path, max_pinned_bytes=0)
+    tick()
+    overwrite(path)
+
+    assert [content.is_intact(), content.is_intact()] == [False, False]
+    assert caplog.text.count("is no longer served") == 1
+    assert path in caplog.text
+
+
+@mutations_in_place
 def test_held_file_notices_a_change(make_file: MakeFile, mutate: Callable[[str], None]) -> None:
     """No byte comes out of a file that is not what was hashed."""
     path = make_file("f", DATA)

@@ -194,6 +194,18 @@ def test_full_house(start_server: Any, connect: Any, serve_bytes: Any, wait_unti
     assert wait_until(lambda: connect(server).get("/live").answer().status == 200)
 
 
+def test_stalled_downloads_make_room(
+    start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """Clients that take every place and then nothing keep others out for a second, not for the time-out."""
+    server, target = start_server(limits=ServerLimits(max_connections=2)), serve_bytes(HUGE)
+    for _ in range(2):
+        connect(server, receive_buffer=65536).get(target)
+    assert wait_until(lambda: server.open_connections == 2)
+
+    assert wait_until(lambda: connect(server).get("/live").answer().status == 200)
+
+
 def test_newcomer_is_told_whatever_it_sends(
     start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
 ) -> None:

@@ -58,6 +58,25 @@ def test_exit_with_the_server_running(ending: str, code: int, said: str, run_scr
     assert time.monotonic() - started < 4.0  # the start of the interpreter included
 
 
+def test_client_that_leaves_sends_no_sigpipe(run_script: Any) -> None:
+    """Where the host wants SIGPIPE to end it, a client that hangs up must not."""
+    code = """
+import signal
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+server.start()
+for _ in range(5):
+    client = socket.create_connection((server.host, server.port))
+    client.send(f"GET {TARGET} HTTP/1.1\\r\\nHost: h\\r\\n\\r\\n".encode())
+    client.recv(1)
+    client.close()
+assert get(server.port) == 12_000_000
+print("lives")
+"""
+    done = run_script(PRELUDE + code)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "lives\n", "")
+
+
 def test_exit_within_a_transfer(run_script: Any) -> None:
     """A client that takes its answer slowly delays the exit by a second at most."""
     code = """
