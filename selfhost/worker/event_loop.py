@@ -96,7 +96,7 @@ class EventLoop:
         self._stop_at = time.monotonic() + timeout
         self.is_closing = True
         try:
-            self._wake_sender.send(b"x")
+            self._wake_sender.send(b"x", getattr(socket, "MSG_NOSIGNAL", 0))
         except OSError:  # the thread has ended by itself
             pass
         if self._thread is not threading.current_thread():

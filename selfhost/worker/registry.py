@@ -28,7 +28,7 @@ from urllib.parse import quote
 
 from ..errors import RegistrationError
 from .answer import ROUTE, Fields, hit_fields, render_fields
-from .content import Content, HeldFile, MemoryContent, pin_file
+from .content import MAX_PINNED_BYTES, Content, HeldFile, MemoryContent, pin_file
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ def _with_digest(oldest: Artifact, digest: str) -> Optional[Artifact]:
 class MetadataArtifactRegistry:
     """Which bytes answer for (slug, suffix, filename); see the module's docstring for rules and sharing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_pinned_bytes: int = MAX_PINNED_BYTES) -> None:
+        self.max_pinned_bytes = max_pinned_bytes  # larger files are held open instead (small ones never)
         self._lock = _lock
         self._models: _Models = {}
         self._targets: dict[str, Artifact] = {}  # URL path, with query where needed -> artifact
@@ -161,17 +162,32 @@ class MetadataArtifactRegistry:
         a file that cannot be pinned. Blocks while the files are read; holds no lock meanwhile.
         """
         prefix = f"{ROUTE}{_segment(slug, 'slug')}/{_segment(suffix, 'suffix')}/"
-        new = [
-            Artifact(
-                slug, suffix, name, _pin(slug, suffix, name, source), prefix + _segment(name, "filename")
-            )
-            for name, source in files.items()
-        ]
+        new = []
+        for name, source in files.items():
+            target = prefix + _segment(name, "filename")
+            new.append(Artifact(slug, suffix, name, self._pin(slug, suffix, name, source), target))
         with self._lock:
             model = self._models.setdefault((slug, suffix), {}) if new else {}
             artifacts = tuple([self._insert(model, artifact) for artifact in new])
         logger.debug("registered %d files under %s", len(artifacts), prefix)
         return Registration(self, artifacts)
+
+    def _pin(self, slug: str, suffix: str, filename: str, source: Source) -> Content:
+        if isinstance(source, (MemoryContent, HeldFile)):
+            return source
+        path = os.fspath(source)
+        try:
+            return self.pin(path)
+        except OSError as error:
+            reason = f"{path!r}: {error.strerror or error}"
+            raise RegistrationError(
+                f"cannot register {filename!r} of {slug!r}/{suffix!r}: {reason}",
+                slug=slug, suffix=suffix, filename=filename, reason=reason,
+            ) from error  # fmt: skip
+
+    def pin(self, path: str) -> Content:
+        """Read, hash and keep a file that is to be registered; raise OSError as `pin_file` does."""
+        return pin_file(path, max_pinned_bytes=self.max_pinned_bytes)
 
     def unregister(self, slug: str, suffix: str) -> int:
         """Remove everything under (slug, suffix), whoever registered it; return how many files that were."""
@@ -294,20 +310,6 @@ def _segment(name: str, what: str) -> str:
         where = {what: name}
         raise RegistrationError(f"cannot register the {what} {name!r}: {reason}", reason=reason, **where)
     return quote(name, safe="")
-
-
-def _pin(slug: str, suffix: str, filename: str, source: Source) -> Content:
-    if isinstance(source, (MemoryContent, HeldFile)):
-        return source
-    path = os.fspath(source)
-    try:
-        return pin_file(path)
-    except OSError as error:
-        reason = f"{path!r}: {error.strerror or error}"
-        raise RegistrationError(
-            f"cannot register {filename!r} of {slug!r}/{suffix!r}: {reason}",
-            slug=slug, suffix=suffix, filename=filename, reason=reason,
-        ) from error  # fmt: skip
 
 
 # ------------------------------------------------------------------ what the process shares

@@ -42,8 +42,8 @@ class SystemStatusServer:
     """The embedded HTTP server of one process; any number of models share it through their registry.
 
     `endpoints` is asked at each /health for the state of each endpoint, by name: the answer is 200 if there
-    is one and all are "ready", else 503; without it always 200, as /live is. Nothing is opened before `start`,
-    which raises StatusServerError if the address cannot be bound.
+    is one and all are "ready", else 503; without it always 200, as /live is. Nothing is opened before
+    `start`, which raises StatusServerError if the address cannot be bound.
     """
 
     def __init__(

@@ -558,3 +558,12 @@ def test_children_of_a_busy_parent_do_not_hang(run_script: Any) -> None:
     )
 
     assert (done.stdout, done.stderr) == ("0 1\n", "")
+
+
+def test_limit_of_pinned_files_can_be_set(make_file: MakeFile) -> None:
+    """A registry holds open what is larger than it may keep in memory."""
+    registry = MetadataArtifactRegistry(max_pinned_bytes=len(LARGE) - 1)
+
+    (artifact,) = registry.register("m", "_base", "f", make_file("f", LARGE)).artifacts
+
+    assert (artifact.content.data, registry.pinned_bytes) == (None, 0)
