@@ -1,7 +1,11 @@
 """Whole files under their final name: staged beside the target, then put in place in one step.
 
-Whoever reads the target sees all of a file or none. Nothing here calls fsync: what discovery writes with it
-dies with the machine anyway, and a reader skips what it cannot parse. Safe with any number of writers.
+Whoever reads the target sees all of a file or none (on file systems without hard links also an empty one,
+see `_claim_and_replace`). Safe with any number of writers.
+
+Nothing here calls fsync, so after a crash of the machine a file may be missing, empty or torn. Discovery can
+bear that: its records are dead seconds after their owner, who died in that crash too, and a reader skips what
+it cannot parse. What must outlive a crash must not be written with this.
 """
 
 from __future__ import annotations

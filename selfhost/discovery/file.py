@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Callable, NoReturn, Optional, Union
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 TTL_SECONDS = 10.0  # Dynamo's, whose processes remove whatever is older
 TOUCHES_PER_TTL = 3  # Dynamo's: two may be late before anybody takes the owner for dead
+
+ALREADY_OURS = "already published by this process; withdraw it first or use another endpoint or name"
 
 
 class FileDiscovery:
@@ -59,7 +61,7 @@ class FileDiscovery:
         self._monotonic = monotonic
         self._expiry = Expiry(ttl_seconds, clock, monotonic)
         self._next_sweep = float("-inf")  # monotonic
-        self._troubles: set[tuple[str, Optional[int]]] = set()
+        self._troubles: dict[str, set[Optional[int]]] = {}  # by action, those logged since it worked
         self._is_closed = False
         self.begin_anew()
         track(self)
@@ -86,7 +88,7 @@ class FileDiscovery:
             self._create(record)
         except BaseException as err:
             self._withdraw(record)
-            if isinstance(err, OSError):
+            if isinstance(err, (NotOurs, OSError)):
                 self._fail("publish", key, err)
             raise
         logger.debug("published %r", path)
@@ -103,7 +105,7 @@ class FileDiscovery:
             if self._is_closed:
                 self._fail("publish", key, "this discovery is closed")
             if record.path in self._owned:
-                self._fail("publish", key, "it is published already, by this very object")
+                self._fail("publish", key, ALREADY_OURS)
             if self._keep_alive is None:
                 keep_alive = KeepAlive(self._tick, self.ttl_seconds / TOUCHES_PER_TTL)
                 try:
@@ -178,7 +180,7 @@ class FileDiscovery:
         """
         stopped = self._closing if stop is None else stop
         return watch_snapshots(
-            functools.partial(self._snapshot, self._scanner(bucket)),
+            functools.partial(self._snapshot, bucket, self._scanner(bucket)),
             bucket,
             is_over=lambda: stopped.is_set() or self._is_closed,
             wait=stopped.wait,
@@ -188,14 +190,16 @@ class FileDiscovery:
     def _scanner(self, bucket: Bucket) -> Scanner:
         return Scanner(layout.bucket_directory(self.root, bucket), self._expiry, self._is_ours)
 
-    def _snapshot(self, scanner: Scanner) -> dict[RecordKey, str]:
+    def _snapshot(self, bucket: Bucket, scanner: Scanner) -> dict[RecordKey, str]:
         if self._monotonic() >= self._next_sweep:
             self._sweep()
+        errors: list[OSError] = []
         try:
-            return scanner.scan()
+            scanner.scan()
         except OSError as err:
-            self._report("read the records", err)
-            return scanner.last
+            errors.append(err)
+        self._report(f"read the {bucket.value} records", errors)
+        return scanner.last
 
     def _is_ours(self, path: str) -> bool:
         record = self._owned.get(path)
@@ -206,25 +210,35 @@ class FileDiscovery:
     def _tick(self) -> None:
         with self._lock:
             owned = list(self._owned.values())
+        errors: list[OSError] = []
         for record in owned:
             try:
                 record.refresh()
             except OSError as err:
-                self._report("keep a record alive", err)
+                errors.append(err)
+        if owned:
+            self._report("keep a record alive", errors)
         self._sweep()
 
     def _sweep(self) -> None:
         """Remove what dead owners left."""
         self._next_sweep = self._monotonic() + self.ttl_seconds / TOUCHES_PER_TTL
+        errors: list[OSError] = []
         for bucket in Bucket:
-            for err in sweep(layout.bucket_directory(self.root, bucket), self._expiry, self._is_ours):
-                self._report("remove a stale record", err)
+            errors += sweep(layout.bucket_directory(self.root, bucket), self._expiry, self._is_ours)
+        self._report("remove a stale record", errors)
 
-    def _report(self, action: str, err: OSError) -> None:
-        """Log each kind of trouble once: it is met again at every tick, and may last."""
-        if (action, err.errno) not in self._troubles:
-            self._troubles.add((action, err.errno))
-            logger.warning("cannot %s: %s (tried again; the next such error is not logged)", action, err)
+    def _report(self, action: str, errors: Sequence[OSError]) -> None:
+        """Log what came of one round of an action: each kind of trouble once, until a round without any."""
+        if not errors:
+            if self._troubles.pop(action, None):  # of several threads one gets it
+                logger.info("can %s again", action)
+            return
+        logged = self._troubles.setdefault(action, set())
+        for err in errors:
+            if err.errno not in logged:
+                logged.add(err.errno)
+                logger.warning("cannot %s: %s (tried again; such errors are logged once)", action, err)
 
     # -------------------------------------------------------------- the end
 

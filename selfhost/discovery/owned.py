@@ -47,11 +47,14 @@ class OwnedRecord:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._is_live = False
+        self._is_withdrawn = False  # never to be made again; a record may be withdrawn before it is made
         self._stamp: Optional[tuple[int, ...]] = None  # of the file as we left it
 
     def create(self) -> None:
-        """Make the file; FileExistsError where its name is taken."""
+        """Make the file; FileExistsError where its name is taken. Raises NotOurs where it was withdrawn."""
         with self._lock:
+            if self._is_withdrawn:  # only a close() finds a record that nobody has been given yet
+                raise NotOurs("this discovery is closed")
             self._put(self._data, place_absent)
             self._is_live = True
 
@@ -93,6 +96,7 @@ class OwnedRecord:
         if self._pid != os.getpid():
             return
         with self._lock:
+            self._is_withdrawn = True
             was_live, self._is_live = self._is_live, False
             if was_live and self._look() is _State.OURS:
                 with contextlib.suppress(FileNotFoundError):

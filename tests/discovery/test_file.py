@@ -15,6 +15,7 @@ import pytest
 
 from selfhost.discovery import Bucket, FileDiscovery, RecordKey
 from selfhost.discovery.file import TTL_SECONDS
+from selfhost.discovery.owned import OwnedRecord
 from selfhost.errors import DiscoveryError
 
 KEY = RecordKey("my-ns", "comp", "ep", 0xABC)
@@ -198,6 +199,50 @@ def test_disk_errors_in_the_thread_are_logged_once_and_retried(
     assert names(folder) == []
 
 
+def test_trouble_that_comes_back_is_logged_again(
+    slow_store: FileDiscovery, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once each time it comes, and once each time that all records are well again, not just some."""
+    caplog.set_level("INFO")
+    for bucket in Bucket:  # only one of them will be in trouble
+        slow_store.publish(bucket, KEY, "{}")
+
+    for time_of_trouble in (1, 2):
+        os.rename(folder, folder.with_name("away"))
+        folder.write_text("a file where the directory was")
+        for _ in range(3):
+            slow_store._tick()
+        for action in ("keep a record alive", "remove a stale record"):
+            assert caplog.text.count(f"cannot {action}") == time_of_trouble
+            assert caplog.text.count(f"can {action} again") == time_of_trouble - 1
+        folder.unlink()
+        os.rename(folder.with_name("away"), folder)
+        for _ in range(3):
+            slow_store._tick()
+        for action in ("keep a record alive", "remove a stale record"):
+            assert caplog.text.count(f"can {action} again") == time_of_trouble
+
+
+def test_watch_in_trouble_is_not_well_because_another_one_is(
+    slow_store: FileDiscovery, folder: Path, watching: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The directories of two buckets fail each for itself, so the log does not fill up."""
+    caplog.set_level("INFO")
+    slow_store.publish(Bucket.INSTANCES, KEY, "{}")
+    folder.write_text("a file where the directory was")
+
+    watching(slow_store, Bucket.INSTANCES)
+    watch = watching(slow_store, Bucket.MODELS)
+    assert watch.is_quiet(0.1)
+    assert caplog.text.count("cannot read the mdc records") == 1
+    assert "can read" not in caplog.text
+
+    folder.unlink()
+    slow_store.publish(Bucket.MODELS, KEY, "{}")
+    assert watch.next() == ("added", str(KEY), "{}")
+    assert caplog.text.count("can read the mdc records again") == 1
+
+
 def test_withdrawal_that_the_disk_refuses_warns(
     store: FileDiscovery, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +258,30 @@ def test_withdrawal_that_the_disk_refuses_warns(
 
 
 # --- publishing fails
+
+
+def test_close_between_the_steps_of_publishing_leaves_nothing(tmp_path: Path, folder: Path) -> None:
+    """Neither a record that nobody would withdraw nor a thread; whoever publishes hears of it."""
+
+    class ClosedMeanwhile(FileDiscovery):
+        def _create(self, record: OwnedRecord) -> None:
+            self.close()
+            super()._create(record)
+
+    with pytest.raises(DiscoveryError, match="this discovery is closed"):
+        ClosedMeanwhile(tmp_path).publish(Bucket.MODELS, KEY, "{}")
+
+    assert not folder.exists()
+    assert keep_alive_threads() == []
+
+
+def test_key_of_this_process_is_refused_with_what_to_do(store: FileDiscovery) -> None:
+    """The operator has named two things alike; the error says which and how to go on."""
+    store.publish(Bucket.MODELS, KEY, "{}")
+
+    advice = "already published by this process; withdraw it first or use another endpoint or name"
+    with pytest.raises(DiscoveryError, match=f"'{KEY}': {advice}"):
+        store.publish(Bucket.MODELS, KEY, "{}")
 
 
 def test_store_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

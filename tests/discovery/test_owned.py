@@ -11,6 +11,7 @@ from typing import Callable
 import pytest
 
 from selfhost.discovery import Bucket, FileDiscovery, RecordKey
+from selfhost.discovery.owned import NotOurs, OwnedRecord
 from selfhost.errors import DiscoveryError
 
 KEY = RecordKey("my-ns", "comp", "ep", 0xABC)
@@ -88,6 +89,18 @@ def test_withdrawn_record_does_not_come_back(store: FileDiscovery, folder: Path)
     store._tick()
 
     assert names(folder) == [OTHER_NAME]
+
+
+def test_record_withdrawn_before_it_was_made_is_never_made(tmp_path: Path) -> None:
+    """Whoever withdraws it first has nothing to remove, so the maker must not begin."""
+    record = OwnedRecord(str(tmp_path / "record"), b"{}", time.time_ns)
+
+    record.remove()
+
+    with pytest.raises(NotOurs, match="closed"):
+        record.create()
+    record.refresh()
+    assert names(tmp_path) == []
 
 
 def test_somebody_elses_record_under_our_key_is_left_alone(
