@@ -16,16 +16,17 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Callable, Optional
 
 from . import __version__, demo
 from .card.model_dir import load_card
-from .card.model_type import ModelInput, ModelType, WorkerType
+from .card.model_type import WorkerType
 from .errors import SelfHostError, SettingsError
 from .settings import Settings
 from .worker.advertise import AdvertisedAddress
-from .worker.local_model import LocalModel, ServedFile, register_model
-from .worker.runtime import DistributedRuntime, Endpoint
+from .worker.local_model import LocalModel, ServedFile
+from .worker.runtime import DistributedRuntime
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -161,8 +162,8 @@ def _text(value: str) -> str:
 
 def _part(value: str) -> str:
     """Take one of the three parts that dots join into an endpoint's path."""
-    if "." in _text(value):
-        raise argparse.ArgumentTypeError(f"{value!r} must not hold a dot")
+    if {".", "/"} & set(_text(value)):
+        raise argparse.ArgumentTypeError(f"{value!r} must hold neither a dot nor a slash")
     return value
 
 
@@ -215,29 +216,76 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    """Serve a model directory until a signal ends it; then withdraw and close.
+    """Serve a model directory until a signal ends it; then withdraw and close."""
+    with _EndingSignals() as ending:
+        settings = serve_settings(arguments)
+        models = _load_all(arguments)
+        ending.hold()
+        with DistributedRuntime(settings) as runtime:
+            endpoint = runtime.endpoint(f"{arguments.namespace}.{arguments.component}.{arguments.endpoint}")
+            for model in models:
+                model.attach(endpoint)
+            _print_table([file for model in models for file in model.files])
+            print(_what_next(runtime.settings, models), flush=True)
+            ending.wait()
 
-    The ending signals are blocked from the first moment, so none is lost and none interrupts a step half
-    way: one that comes early is acted upon as soon as everything stands, later ones change nothing.
+
+class _Ended(BaseException):
+    """A signal came while nothing was published yet."""
+
+
+class _EndingSignals:
+    """The signals that end `serve`; a context manager.
+
+    Up to `hold` one of them ends the block at once. From then on none interrupts a step half way: `wait`
+    returns when one has come, be it long before. After an error the handlers are again as they were; else the
+    signals are ignored, because the process ends next and a late one must not change its exit code.
+
+    No mask and no sigwait: they fail where another thread, such as one that hashes, does not block the
+    signal. Python writes each signal into our pipe, whichever thread the system chose for it.
     """
-    ending = _block_ending_signals()
-    with DistributedRuntime(serve_settings(arguments)) as runtime:
-        models = _attach_all(runtime, arguments)
-        _print_table([file for model in models for file in model.files])
-        print(_what_next(runtime.settings, models), flush=True)
-        signal.sigwait(ending)
 
+    def __init__(self) -> None:
+        self._numbers = {signal.SIGINT, signal.SIGTERM}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+            self._numbers.add(signal.SIGHUP)
+        self._is_held = False
 
-def _block_ending_signals() -> set[signal.Signals]:
-    """Block the signals that end `serve`, in this thread and those it starts; return them.
+    def hold(self) -> None:
+        """Let signals wait from now on."""
+        self._is_held = True
 
-    They stay blocked: the process ends next, and a late second signal must not change its exit code.
-    """
-    ending = {signal.SIGINT, signal.SIGTERM}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
-        ending.add(signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ending)
-    return ending
+    def wait(self) -> None:
+        """Return when one of the signals has come."""
+        while os.read(self._reading, 1)[0] not in self._numbers:
+            pass
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._is_held:
+            self._is_held = True  # a second one must not interrupt the clearing up
+            raise _Ended
+
+    def __enter__(self) -> _EndingSignals:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> bool:
+        self._is_held = True
+        is_in_order = error is None or isinstance(error, _Ended)
+        for number, before in self._handlers_before.items():
+            signal.signal(number, signal.SIG_IGN if is_in_order else before or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._reading)
+        os.close(self._writing)
+        return is_in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,23 +312,12 @@ def serve_settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _attach_all(runtime: DistributedRuntime, arguments: argparse.Namespace) -> list[LocalModel]:
-    """Publish the model, then each adapter on it with the same pinned files."""
-    endpoint = runtime.endpoint(f"{arguments.namespace}.{arguments.component}.{arguments.endpoint}")
-    model = _register(endpoint, arguments.directory, _name(arguments), template=arguments.template)
-    return [model, *(model.derive_lora(name).attach(endpoint) for name in arguments.lora)]
-
-
-def _register(endpoint: Endpoint, directory: str, name: str, *, template: Optional[str] = None) -> LocalModel:
-    return register_model(
-        ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
-        endpoint,
-        directory,
-        name,
-        worker_type=WorkerType.Aggregated,
-        custom_template_path=template,
-    )
+def _load_all(arguments: argparse.Namespace) -> list[LocalModel]:
+    """Load the model, then make each adapter on it with the same pinned files."""
+    loaded = LocalModel.load(arguments.directory, name=_name(arguments), custom_template=arguments.template)
+    card = dataclasses.replace(loaded.card, worker_type=WorkerType.Aggregated)
+    model = LocalModel(card, contents=loaded.contents)
+    return [model, *(model.derive_lora(name) for name in arguments.lora)]
 
 
 def _print_table(files: Sequence[ServedFile]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import tempfile
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from .card.checked_file import CheckedFile
 from .card.checksum import Checksum
@@ -19,9 +18,10 @@ from .errors import SelfHostError, VerificationError
 from .settings import Settings
 from .worker.local_model import register_model
 from .worker.runtime import DistributedRuntime
+from .worker.self_check import fetch
 
 NAME = "selfhost/demo"
-FETCH_SECONDS = 10.0  # for each of connecting and reading
+FETCH_SECONDS = 10.0  # for one file
 SETTINGS = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=0, discovery_backend="mem")
 
 
@@ -68,7 +68,10 @@ def fetch_verified(file: CheckedFile) -> bytes:
 
     Raises VerificationError if they are not the promised ones, SelfHostError if there is no answer at all.
     """
-    status, data = _get(file)
+    try:
+        status, data = fetch(file.path, (file.size or 0) + 1, FETCH_SECONDS)
+    except (OSError, http.client.HTTPException) as error:
+        raise SelfHostError(f"cannot fetch {file.path}: {type(error).__name__}: {error}") from error
     actual = Checksum.of(data)
     if status != 200 or len(data) != file.size or actual != file.checksum:
         raise VerificationError(
@@ -80,17 +83,3 @@ def fetch_verified(file: CheckedFile) -> bytes:
             size=len(data),
         )
     return data
-
-
-def _get(file: CheckedFile) -> tuple[int, bytes]:
-    """Return status and body; of the body at most one byte more than was promised."""
-    parts = urlsplit(file.path)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=FETCH_SECONDS)
-    try:
-        connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path)
-        response = connection.getresponse()
-        return response.status, response.read((file.size or 0) + 1)
-    except (OSError, http.client.HTTPException) as error:
-        raise SelfHostError(f"cannot fetch {file.path}: {type(error).__name__}: {error}") from error
-    finally:
-        connection.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import http.server
 import json
 import os
@@ -148,8 +147,8 @@ def test_demo_fails_when_bytes_differ(
 ) -> None:
     """One wrong byte on the way: exit code 1, one line that names URL, expectation and finding."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    read = http.client.HTTPResponse.read
-    monkeypatch.setattr(http.client.HTTPResponse, "read", lambda *_: b"X" + read(*_)[1:])
+    fetch = demo.fetch
+    monkeypatch.setattr(demo, "fetch", lambda *limits: (200, b"X" + fetch(*limits)[1][1:]))
 
     assert cli.main(["demo"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -323,7 +322,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("step", ["serve_settings", "start", "register_model", "close"])
+@pytest.mark.parametrize("step", ["serve_settings", "_load_all", "start", "close"])
 def test_serve_takes_signals_at_any_time(start: Start, model_dir: Path, store: Path, step: str) -> None:
     """Signals before it is ready are not lost, more of them while it closes change nothing."""
     line = [sys.executable, "-X", "dev", "-c", SIGNALS_AT_EVERY_STEP, step]
@@ -334,6 +333,41 @@ def test_serve_takes_signals_at_any_time(start: Start, model_dir: Path, store: P
 
     assert end(process) == (0, "")
     assert records(store) == []
+
+
+SLOW_LOADING = """
+import sys, time
+from selfhost import cli
+
+def load(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+
+cli._load_all = load
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_loading(start: Start, model_dir: Path, store: Path, number: signal.Signals) -> None:
+    """While a large model is being read, a signal ends the command at once, with nothing published."""
+    line = [sys.executable, "-X", "dev", "-c", SLOW_LOADING, "serve", str(model_dir), "--port", "0"]
+    process = start([sys.executable, "-c", DEFAULT_SIGNALS, *line])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+
+    assert end(process, number) == (0, "")
+    assert not store.exists()
+
+
+def test_failed_serve_leaves_signals_alone(tmp_path: Path) -> None:
+    """In a host's process a `serve` that fails leaves handlers and mask as they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+
+    assert cli.main(["serve", str(tmp_path / "missing"), "--port", "0"]) == 1
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(numbers)
 
 
 def test_serve_publishes_adapters(start: Start, model_dir: Path, store: Path) -> None:
@@ -442,6 +476,8 @@ def test_error_is_one_line(run: Any, arguments: list[str], variables: dict[str, 
         ["serve", "d", "--discovery", "etcd"],
         ["serve", "d", "--discovery", "file:"],
         ["serve", "d", "--namespace", "a.b"],
+        ["serve", "d", "--namespace", "a/b"],
+        ["serve", "d", "--endpoint", "/"],
     ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, Optional, Union
 from urllib.parse import quote
 
 from ..card.checked_file import CheckedFile
@@ -24,17 +24,24 @@ from ..card.checksum import Checksum
 from ..card.model_card import ModelDeploymentCard
 from ..card.model_dir import load_card
 from ..card.model_type import ModelInput, ModelType, WorkerType
-from ..discovery.base import Bucket, model_record
+from ..discovery.base import Bucket, Publication, RecordKey, model_record
 from ..errors import CardError, RegistrationError
-from .content import Content, pin_file
-from .registry import BASE_SUFFIX, MAX_NAME_BYTES, MetadataArtifactRegistry, Registration, why_unservable
+from . import card_fields
+from .card_fields import PathLike
+from .content import MAX_PINNED_BYTES, Content, pin_file
+from .registry import (
+    BASE_SUFFIX,
+    MAX_NAME_BYTES,
+    Artifact,
+    MetadataArtifactRegistry,
+    Registration,
+    why_unservable,
+)
 from .runtime import DistributedRuntime, Endpoint
 from .self_check import can_fetch
 
 logger = logging.getLogger(__name__)
 
-_Kind = TypeVar("_Kind", ModelInput, WorkerType)
-PathLike = Union[str, "os.PathLike[str]"]
 # These kinds have no files that a frontend needs (as in Dynamo 1.6.1).
 _WITHOUT_FILES = ModelType.TensorBased | ModelType.Images | ModelType.Videos | ModelType.Realtime
 
@@ -49,10 +56,18 @@ class ServedFile:
     checksum: Checksum
 
 
+def _served(artifact: Artifact, base_url: str) -> ServedFile:
+    content = artifact.content
+    return ServedFile(artifact.filename, base_url + artifact.target, content.size, content.checksum)
+
+
 class LocalModel:
     """A card and, where this worker serves its files, their pinned content; a context manager that detaches.
 
     `card` says what is published: with URLs while attached and self-hosted, with local paths otherwise.
+    `contents` holds what was pinned by local path: while attached, the very objects that the registry shares
+    among all models of the process. `detach` lets them go; attaching again then reads the files anew, and is
+    refused if they are no longer what the card says. A forked child may attach what its parent loaded.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class LocalModel:
         self.card = card
         self._local_card = card
         self.contents = dict(contents or {})  # local path -> pinned content; others are pinned when attached
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._attached: Optional[ExitStack] = None
         self._files: list[ServedFile] = []
@@ -73,16 +89,17 @@ class LocalModel:
         name: Optional[str] = None,
         custom_template: Optional[PathLike] = None,
         pin: bool = True,
+        max_pinned_bytes: int = MAX_PINNED_BYTES,
     ) -> LocalModel:
         """Load a model directory, pinning every file in the one read that hashes it.
 
-        With `pin` False, for a model that is not self-hosted, files are hashed only and extra files left
-        out. Raises ModelDirError.
+        Files larger than `max_pinned_bytes` are held open instead. With `pin` False, for a model that is not
+        self-hosted, files are hashed only and extra files left out. Raises ModelDirError.
         """
         contents: dict[str, Content] = {}
 
         def pin_checked(path: str) -> CheckedFile:
-            content = contents[path] = pin_file(path)
+            content = contents[path] = pin_file(path, max_pinned_bytes=max_pinned_bytes)
             return CheckedFile(path, content.checksum, content.size)
 
         read = pin_checked if pin else CheckedFile.from_disk
@@ -111,8 +128,11 @@ class LocalModel:
         is no address to publish, RegistrationError, StatusServerError or DiscoveryError; nothing is left
         behind then. Blocks for disk and one request to itself.
         """
-        runtime = endpoint.runtime.start()
+        runtime = endpoint.runtime
+        self._forget_parent()
+        runtime.ensure_started()
         self_host = runtime.settings.self_host_metadata if self_host_metadata is None else self_host_metadata
+        key = endpoint.key(self._suffix if self._local_card.lora else None)
         with self._lock:
             if self._attached is not None:
                 raise RegistrationError(
@@ -120,24 +140,30 @@ class LocalModel:
                 )
             with ExitStack() as undo:
                 undo.callback(self._back_to_local)
+                runtime.add_model(key, self)  # before publishing: a `close` from now on waits for our lock
+                undo.callback(runtime.remove_model, key)
                 if self_host:
                     self._serve(runtime, runtime.base_url(advertise_url), undo)
                 else:
                     self.card = _without_local_extras(self._local_card)
                 runtime.acquire_instance(endpoint)
                 undo.callback(runtime.release_instance, endpoint)
-                self._publish(endpoint, undo)
-                runtime.add_model(self)
-                undo.callback(runtime.remove_model, self)
+                undo.callback(self._publish(runtime, key).withdraw)
                 self._attached = undo.pop_all()
         logger.info("attached %r to %s", self.card.display_name, endpoint)
         return self
 
     def detach(self) -> None:
-        """Withdraw the card, then the routes; harmless when not attached."""
+        """Withdraw the card, then the routes, and let the content go; harmless when not attached.
+
+        Does nothing in a forked child: what the parent attached stays the parent's.
+        """
+        if self._pid != os.getpid():
+            return
         with self._lock:
             attached, self._attached = self._attached, None
             if attached is not None:
+                self.contents.clear()
                 attached.close()  # in reverse order of attaching: the card first, the routes last
                 logger.info("detached %r", self.card.display_name)
 
@@ -155,7 +181,7 @@ class LocalModel:
     @property
     def is_attached(self) -> bool:
         """Whether the card is published."""
-        return self._attached is not None
+        return self._attached is not None and self._pid == os.getpid()
 
     @property
     def files(self) -> Sequence[ServedFile]:
@@ -165,16 +191,20 @@ class LocalModel:
     def _serve(self, runtime: DistributedRuntime, base_url: str, undo: ExitStack) -> None:
         registration = self.move_to_self_host(runtime.metadata_artifacts, base_url)
         undo.callback(registration.close)
-        if runtime.status_server is not None and self._files and runtime.can_reach_itself is not False:
-            first = self._files[0]
-            runtime.can_reach_itself = can_fetch(first.url, first.checksum, first.size)
+        if runtime.status_server is not None and self._files:
+            smallest = min(self._files, key=lambda file: file.size)
+            runtime.reachable(base_url, lambda: can_fetch(smallest.url, smallest.checksum, smallest.size))
 
-    def _publish(self, endpoint: Endpoint, undo: ExitStack) -> None:
-        key = endpoint.key(self._suffix if self.card.lora else None)
-        publication = endpoint.runtime.discovery.publish(
-            Bucket.MODELS, key, model_record(key, self.card.to_json())
-        )
-        undo.callback(publication.withdraw)
+    def _publish(self, runtime: DistributedRuntime, key: RecordKey) -> Publication:
+        return runtime.discovery.publish(Bucket.MODELS, key, model_record(key, self.card.to_json()))
+
+    def _forget_parent(self) -> None:
+        """In a forked child: be detached, whatever the parent's threads were doing with this model."""
+        if self._pid != os.getpid():
+            self._lock = threading.RLock()
+            self._attached = None
+            self._back_to_local()
+            self._pid = os.getpid()
 
     def _back_to_local(self) -> None:
         self.card = self._local_card
@@ -189,10 +219,16 @@ class LocalModel:
     def move_to_self_host(self, registry: MetadataArtifactRegistry, base_url: str) -> Registration:
         """Register the card's local files and point the card at `base_url`; URL slots stay as they are.
 
-        Raises RegistrationError, with nothing registered and the card unchanged, for a file that cannot be
-        pinned or is no longer what the card says. An extra file whose name no URL can carry is left out with
-        a warning.
+        `attach` does this, and `detach` undoes it. Called by itself, for a host that publishes the card in
+        its own way, it leaves the URLs in the card and the content with the model when the registration is
+        closed. Raises RegistrationError, with nothing registered and the card unchanged, for a file that
+        cannot be pinned or is no longer what the card says. An extra file whose name no URL can carry is
+        left out with a warning.
         """
+        with self._lock:
+            return self._move_to_self_host(registry, base_url)
+
+    def _move_to_self_host(self, registry: MetadataArtifactRegistry, base_url: str) -> Registration:
         if not self._suffix:
             raise RegistrationError(
                 f"the LoRA name {self.card.display_name!r} has no slug: it needs an ASCII letter or digit",
@@ -200,27 +236,21 @@ class LocalModel:
             )
         card = _without_unservable(self._local_card)
         names = _choose_names(card)
-        contents = {names[file.path]: self._content_of(file) for file in _local_files(card)}
+        contents = {names[file.path]: self._content_of(file, registry) for file in _local_files(card)}
         registration = registry.register_files(self.card.slug, self._suffix, contents)
-        targets = registration.targets
-        urls = {path: base_url + targets[name] for path, name in names.items()}
+        artifacts = {artifact.filename: artifact for artifact in registration.artifacts}
+        urls = {path: base_url + artifacts[name].target for path, name in names.items()}
+        # What the registry shares, not what we pinned: a process holds equal content once.
+        self.contents.update((path, artifacts[name].content) for path, name in names.items())
         self.card = card.map_files(lambda file: file.move_to_url(urls[file.path]) if file.is_local else file)
-        self._files = [
-            ServedFile(
-                artifact.filename,
-                base_url + artifact.target,
-                artifact.content.size,
-                artifact.content.checksum,
-            )
-            for artifact in registration.artifacts
-        ]
+        self._files = [_served(artifact, base_url) for artifact in registration.artifacts]
         return registration
 
-    def _content_of(self, file: CheckedFile) -> Content:
+    def _content_of(self, file: CheckedFile, registry: MetadataArtifactRegistry) -> Content:
         content = self.contents.get(file.path)
         if content is None:
             try:
-                content = pin_file(file.path)
+                content = registry.pin(file.path)
             except OSError as error:
                 raise self._refusal(file, error.strerror or str(error)) from error
         if content.checksum != file.checksum:
@@ -330,53 +360,41 @@ def register_model(
             f"lora_name and base_model_path go together, found {lora_name!r} and {base_model_path!r}",
             field="lora", value=lora_name,
         )  # fmt: skip
+    if skip_model_assets and custom_template_path is not None:
+        message = "custom_template_path cannot go with skip_model_assets: no file at all is published"
+        raise CardError(message, field="custom_template_path", value=custom_template_path)
     fields: dict[str, Any] = {
-        "model_input": _member(ModelInput, model_input, "model_input"),
-        "model_type": ModelType.parse(model_type) if isinstance(model_type, str) else model_type,
-        "worker_type": None if worker_type is None else _member(WorkerType, worker_type, "worker_type"),
-        "needs": tuple(tuple(_member(WorkerType, w, "needs") for w in group) for group in needs or ()),
-        "aliases": tuple(model_aliases or ()),
+        "model_input": card_fields.member(ModelInput, model_input, "model_input"),
+        "model_type": card_fields.model_type_of(model_type),
+        "worker_type": card_fields.optional_member(WorkerType, worker_type, "worker_type"),
+        "needs": card_fields.worker_needs(needs),
+        "aliases": card_fields.alias_names(model_aliases),
         "kv_cache_block_size": 16 if kv_cache_block_size is None else kv_cache_block_size,
         "migration_limit": migration_limit,
-        "runtime_config": dict(runtime_config or {}),
-        "router_config": router_config,
-        "tensor_model_config": tensor_model_config,
-        "media_decoder": media_decoder,
-        "media_fetcher": media_fetcher,
+        "runtime_config": card_fields.json_object(runtime_config, "runtime_config") or {},
+        "router_config": card_fields.json_object(router_config, "router_config"),
+        "tensor_model_config": card_fields.json_object(tensor_model_config, "tensor_model_config"),
+        "media_decoder": card_fields.json_object(media_decoder, "media_decoder"),
+        "media_fetcher": card_fields.json_object(media_fetcher, "media_fetcher"),
         "user_data": user_data,
     }
+    path = card_fields.path_text(model_path, "model_path")
+    directory = path if base_model_path is None else card_fields.path_text(base_model_path, "base_model_path")
+    name = card_fields.optional_name(model_name, "model_name")
+    lora = card_fields.optional_name(lora_name, "lora_name")
     settings = endpoint.runtime.settings
     self_host = settings.self_host_metadata if self_host_metadata is None else self_host_metadata
-    directory = model_path if base_model_path is None else base_model_path
     if skip_model_assets or fields["model_type"] & _WITHOUT_FILES:
-        model = LocalModel(
-            ModelDeploymentCard(model_name or os.fspath(directory), source_path=os.fspath(directory))
-        )
+        model = LocalModel(ModelDeploymentCard(name or directory, source_path=directory))
     else:
+        template = custom_template_path
+        if template is not None:
+            template = card_fields.path_text(template, "custom_template_path")
+        limit = endpoint.runtime.metadata_artifacts.max_pinned_bytes
         model = LocalModel.load(
-            directory, name=model_name, custom_template=custom_template_path, pin=self_host
+            directory, name=name, custom_template=template, pin=self_host, max_pinned_bytes=limit
         )
-    model = LocalModel(_checked(replace(model.card, **fields)), contents=model.contents)
-    if lora_name is not None:
-        model = model.derive_lora(lora_name, max_gpu_lora_count=max_gpu_lora_count)
+    model = LocalModel(card_fields.checked(replace(model.card, **fields)), contents=model.contents)
+    if lora is not None:
+        model = model.derive_lora(lora, max_gpu_lora_count=max_gpu_lora_count)
     return model.attach(endpoint, self_host_metadata=self_host, advertise_url=advertise_url)
-
-
-def _member(kind: type[_Kind], value: Union[_Kind, str], field: str) -> _Kind:
-    """Return the member of an enumeration that a value, or Dynamo's spelling of it, names."""
-    try:
-        return kind(value)
-    except ValueError:
-        accepted = ", ".join(repr(member.value) for member in kind)
-        raise CardError(
-            f"{field}: expected one of {accepted}, found {value!r}", field=field, value=value
-        ) from None
-
-
-def _checked(card: ModelDeploymentCard) -> ModelDeploymentCard:
-    """Return the card as a frontend would read it, so that nothing is published that Dynamo refuses."""
-    try:
-        text = card.to_json()
-    except (TypeError, AttributeError) as error:
-        raise CardError(f"the card of {card.display_name!r} cannot be written as JSON: {error}") from error
-    return ModelDeploymentCard.from_json(text)

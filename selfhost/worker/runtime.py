@@ -1,23 +1,30 @@
 """DistributedRuntime: what the models of one process share - registry, status server, discovery, instance id.
 
 Nothing is opened before `start` (or `with`, or the first `register_model`). `close` undoes everything, the
-published cards first, so that no frontend is sent to a server that is gone.
+published cards first, so that no frontend is sent to a server that is gone; so does the interpreter's exit.
+A closed runtime stays closed until somebody calls `start`: an attach that comes too late is refused.
 
 Sharing: any number of threads. A forked child must make a runtime of its own: what the parent published
-stays the parent's.
+stays the parent's, and an inherited runtime refuses to start and ignores `close`.
+
+Locks, in the order in which they may be taken: `_life` orders `start` and `close`; then a model's own; then
+an endpoint's, held while its record is written or removed; then `_lock`, for dictionary work only.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Callable, Optional
 
 from ..discovery.base import Bucket, Discovery, Publication, RecordKey, instance_record, new_instance_id
-from ..errors import DiscoveryError, SettingsError
+from ..errors import DiscoveryError, RegistrationError, SettingsError
 from ..settings import Settings
 from .advertise import AdvertisedAddress, advertised_address
 from .registry import MetadataArtifactRegistry
@@ -43,9 +50,39 @@ class Endpoint:
     name: str
     transport: Optional[str] = None
 
+    @property
+    def path(self) -> str:
+        """Its three names as `DistributedRuntime.endpoint` takes them."""
+        return f"{self.namespace}.{self.component}.{self.name}"
+
     def key(self, suffix: Optional[str] = None) -> RecordKey:
         """Return the discovery key of this endpoint, or of one LoRA on it."""
         return RecordKey(self.namespace, self.component, self.name, self.runtime.instance_id, suffix)
+
+
+class _InstanceRecord:
+    """The record of one endpoint: there as long as it has users, whom the runtime counts under its lock."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.users = 0
+        self.publication: Optional[Publication] = None
+        self.lock = threading.RLock()  # held while the record is written or removed
+
+    def publish(self) -> None:
+        """Write the record, unless it is there."""
+        with self.lock:
+            if self.publication is None:
+                key = self.endpoint.key()
+                text = instance_record(key, transport=self.endpoint.transport)
+                self.publication = self.endpoint.runtime.discovery.publish(Bucket.INSTANCES, key, text)
+
+    def withdraw(self) -> None:
+        """Remove the record, if it is there."""
+        with self.lock:
+            publication, self.publication = self.publication, None
+            if publication is not None:
+                publication.withdraw()
 
 
 class DistributedRuntime:
@@ -69,51 +106,93 @@ class DistributedRuntime:
         self._owns_discovery = discovery is None
         self._discovery = discovery
         self._server: Optional[SystemStatusServer] = None
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._life = threading.RLock()
         self._lock = threading.RLock()
-        self._models: dict[LocalModel, None] = {}  # in the order of attaching
-        self._instances: dict[RecordKey, tuple[Publication, int]] = {}
-        self.can_reach_itself: Optional[bool] = None  # None: not tried yet
+        self._opening = threading.RLock()  # held while a backend is loaded; nothing else is locked meanwhile
+        self._models: dict[RecordKey, LocalModel] = {}  # in the order of attaching
+        self._instances: dict[RecordKey, _InstanceRecord] = {}
+        self._unreachable: set[str] = set()  # base URLs that did not lead back here
 
     # -------------------------------------------------------------- life
 
     def start(self) -> DistributedRuntime:
-        """Start the status server, if a port is set; harmless when repeated.
+        """Start the status server, if a port is set; harmless when repeated. Opens a closed runtime again.
 
-        Raises SettingsError for an unusable base URL, StatusServerError if the port cannot be bound.
+        Raises SettingsError for an unusable base URL, StatusServerError if the port cannot be bound,
+        RegistrationError in a forked child.
         """
-        with self._lock:
+        self._refuse_in_child()
+        with self._life:
             if self.settings.advertise_url is not None:
                 AdvertisedAddress.parse(self.settings.advertise_url, variable="DYN_SYSTEM_ADVERTISE_URL")
             if self._server is None and self.settings.system_port is not None:
-                from .server import SystemStatusServer  # an app mounted in another server needs none
-
-                self._server = SystemStatusServer(
-                    self.metadata_artifacts,
-                    self.settings.system_host,
-                    self.settings.system_port,
-                    endpoints=self._endpoint_states,
-                )
+                self._server = self._make_server(self.settings.system_port)
             if self._server is not None:
                 self._server.start()
+            self._is_closed = False
+            _close_at_exit(self)
         return self
 
+    def ensure_started(self) -> None:
+        """Start the runtime for an attach, unless somebody has closed it: RegistrationError then."""
+        self._refuse_in_child()
+        self._refuse_closed()  # without waiting for the end of a `close` that runs
+        with self._life:
+            self._refuse_closed()
+            self.start()
+
     def close(self, timeout: float = 5.0) -> None:
-        """Detach every model, stop the server within `timeout` seconds, close discovery. May be repeated."""
+        """Detach every model, stop the server within `timeout` seconds, close discovery. May be repeated.
+
+        Waits for an attach that runs in another thread, and undoes it. Does nothing in a forked child.
+        """
+        if self._pid != os.getpid():
+            return
+        with self._life:
+            for step in self._closing_steps(timeout):
+                try:
+                    step()
+                except Exception:  # the other steps still have to be taken
+                    logger.exception("closing the runtime goes on after an error")
+
+    def _closing_steps(self, timeout: float) -> list[Callable[[], None]]:
         with self._lock:
-            models, self._models = list(self._models), {}
-            server, self._server = self._server, None
-            discovery = self._discovery if self._owns_discovery else None
-            self._discovery = None if self._owns_discovery else self._discovery
+            self._is_closed = True  # from now on no model comes
+            models = list(self._models.values())
+            self._unreachable.clear()
+        server, self._server = self._server, None
         steps: list[Callable[[], None]] = [model.detach for model in reversed(models)]
         if server is not None:
             steps.append(lambda: server.close(timeout))
+        if self._owns_discovery:
+            steps.append(self._close_discovery)
+        return steps
+
+    def _close_discovery(self) -> None:
+        with self._opening:
+            discovery, self._discovery = self._discovery, None
         if discovery is not None:
-            steps.append(discovery.close)
-        for step in steps:
-            try:
-                step()
-            except Exception:  # the other steps still have to be taken
-                logger.exception("closing the runtime goes on after an error")
+            discovery.close()
+
+    def _make_server(self, port: int) -> SystemStatusServer:
+        from .server import SystemStatusServer  # an app mounted in another server needs none
+
+        return SystemStatusServer(
+            self.metadata_artifacts, self.settings.system_host, port, endpoints=self._endpoint_states
+        )
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise RegistrationError("the runtime is closed: call its start() before attaching models to it")
+
+    def _refuse_in_child(self) -> None:
+        if self._pid != os.getpid():
+            raise RegistrationError(
+                f"this runtime belongs to process {self._pid}, from which this one was forked: "
+                "make a DistributedRuntime after the fork"
+            )
 
     def __enter__(self) -> DistributedRuntime:
         return self.start()
@@ -135,9 +214,14 @@ class DistributedRuntime:
 
     @property
     def discovery(self) -> Discovery:
-        """Where cards are published; opened at first use."""
-        with self._lock:
+        """Where cards are published; opened at first use, RegistrationError once the runtime is closed."""
+        discovery = self._discovery
+        if discovery is not None:
+            return discovery
+        self._refuse_in_child()
+        with self._opening:
             if self._discovery is None:
+                self._refuse_closed()
                 self._discovery = _open_discovery(self.settings)
             return self._discovery
 
@@ -159,9 +243,11 @@ class DistributedRuntime:
         Raises SettingsError where there is neither, StatusServerError where the server listens on every
         address and none of them can be reached from elsewhere.
         """
-        outright = advertise_url or self.settings.advertise_url
-        if outright is not None:
-            return AdvertisedAddress.parse(outright, variable="DYN_SYSTEM_ADVERTISE_URL").base_url
+        if advertise_url:
+            return AdvertisedAddress.parse(advertise_url, variable="advertise_url").base_url
+        if self.settings.advertise_url is not None:
+            variable = "DYN_SYSTEM_ADVERTISE_URL"
+            return AdvertisedAddress.parse(self.settings.advertise_url, variable=variable).base_url
         server = self._server
         if server is None or not server.is_running:
             accepted = "DYN_SYSTEM_PORT (0: any free port) or DYN_SYSTEM_ADVERTISE_URL (a base URL)"
@@ -171,39 +257,79 @@ class DistributedRuntime:
             )  # fmt: skip
         return advertised_address(server.host, server.port).base_url
 
-    def acquire_instance(self, endpoint: Endpoint) -> None:
-        """Publish that the endpoint is there, for its first model."""
-        key = endpoint.key()
+    def reachable(self, base_url: str, check: Callable[[], bool]) -> bool:
+        """Tell whether `base_url` leads back here, as `check` finds; one that did not is not tried again."""
+        if base_url in self._unreachable:
+            return False
+        if check():
+            return True
         with self._lock:
-            publication, users = self._instances.get(key, (None, 0))
-            if publication is None:
-                text = instance_record(key, transport=endpoint.transport)
-                publication = self.discovery.publish(Bucket.INSTANCES, key, text)
-            self._instances[key] = publication, users + 1
+            self._unreachable.add(base_url)
+        return False
+
+    def acquire_instance(self, endpoint: Endpoint) -> None:
+        """Publish that the endpoint is there, for its first model.
+
+        Raises RegistrationError if it is published with another transport already.
+        """
+        with self._lock:
+            record = self._instances.setdefault(endpoint.key(), _InstanceRecord(endpoint))
+            if record.endpoint.transport != endpoint.transport:
+                raise RegistrationError(
+                    f"the endpoint {endpoint.path!r} is published with the transport "
+                    f"{record.endpoint.transport!r}, so it cannot have {endpoint.transport!r}: "
+                    "an endpoint has one transport in a process"
+                )
+            record.users += 1
+        try:
+            record.publish()
+        except BaseException:
+            self.release_instance(endpoint)
+            raise
 
     def release_instance(self, endpoint: Endpoint) -> None:
         """Withdraw it with its last model."""
         key = endpoint.key()
         with self._lock:
-            publication, users = self._instances.pop(key)
-            if users > 1:
-                self._instances[key] = publication, users - 1
-            else:
-                publication.withdraw()
+            record = self._instances[key]
+            record.users -= 1
+        with record.lock:  # whoever wants the same endpoint meanwhile waits here, and publishes it anew
+            if record.users:
+                return
+            try:
+                record.withdraw()
+            finally:
+                with self._lock:
+                    if not record.users and self._instances.get(key) is record:
+                        del self._instances[key]
 
-    def add_model(self, model: LocalModel) -> None:
-        """Remember an attached model, to detach it at `close`."""
+    def add_model(self, key: RecordKey, model: LocalModel) -> None:
+        """Remember a model that is about to be published under `key`, to detach it at `close`.
+
+        Raises RegistrationError if the runtime is closed, DiscoveryError if another model has that key.
+        """
         with self._lock:
-            self._models[model] = None
+            self._refuse_closed()
+            holder = self._models.setdefault(key, model)
+        if holder is not model:
+            raise DiscoveryError(
+                f"cannot publish {model.card.display_name!r} as {str(key)!r}: "
+                f"{holder.card.display_name!r} is published there by this process. An endpoint has one base "
+                "model, and one LoRA of each slug (a/b and a_b have the same): use another endpoint or "
+                "another LoRA name, or detach that model first",
+                backend=self.discovery.name,
+                key=str(key),
+            )
 
-    def remove_model(self, model: LocalModel) -> None:
+    def remove_model(self, key: RecordKey) -> None:
         """Forget a detached model."""
         with self._lock:
-            self._models.pop(model, None)
+            self._models.pop(key, None)
 
     def _endpoint_states(self) -> Mapping[str, str]:
-        # Without the lock: it is held while a record is published, and the server's thread must not wait.
-        return {key.endpoint: "ready" for key in self._instances.copy()}
+        # Without any lock: the server's thread must wait neither for a disk nor for whoever waits for one.
+        records = self._instances.copy().values()
+        return {record.endpoint.name: "ready" for record in records if record.publication is not None}
 
     def __repr__(self) -> str:
         return f"<DistributedRuntime {self.instance_id:x} models={len(self._models)} server={self._server!r}>"
@@ -213,3 +339,23 @@ def _open_discovery(settings: Settings) -> Discovery:
     from ..discovery import open_discovery  # loads the backends: only where none was passed in
 
     return open_discovery(settings.discovery_backend, settings.file_kv)
+
+
+# ------------------------------------------------------------------ the interpreter's exit
+
+_started: weakref.WeakSet[DistributedRuntime] = weakref.WeakSet()
+
+
+def _close_at_exit(runtime: DistributedRuntime) -> None:
+    """See to it that the runtime is closed at exit, before its server or its discovery ends by itself.
+
+    Hooks run in reverse order: this one is registered anew so that it is the last, after those of the others.
+    """
+    _started.add(runtime)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for runtime in list(_started):
+        runtime.close(timeout=1.0)

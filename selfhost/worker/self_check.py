@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import http.client
 import logging
+import time
 from urllib.parse import urlsplit
 
 from ..card.checksum import Checksum
 
 logger = logging.getLogger(__name__)
 
-SELF_CHECK_SECONDS = 2.0  # for each of connecting and reading
+SELF_CHECK_SECONDS = 2.0  # for the whole fetch
+PIECE_BYTES = 64 * 1024  # read at once, between two looks at the clock
 
 
 def can_fetch(url: str, checksum: Checksum, size: int) -> bool:
     """Tell whether the URL gives what was promised; if not, warn. Blocks for a few seconds at most."""
     try:
-        data = _get(url, size + 1)
+        status, data = fetch(url, size + 1, SELF_CHECK_SECONDS)
     except (OSError, http.client.HTTPException) as error:
         found = f"{type(error).__name__}: {error}"
     else:
-        if Checksum.of(data) == checksum:
+        if status == 200 and Checksum.of(data) == checksum:
             return True
-        found = "other bytes than those registered"
+        found = "other bytes than those registered" if status == 200 else f"status {status}"
     logger.warning(
         "this worker cannot fetch its own %s (%s); if frontends cannot either, set DYN_SYSTEM_ADVERTISE_URL "
         "to a base URL that they can reach", url, found,
@@ -34,15 +36,39 @@ def can_fetch(url: str, checksum: Checksum, size: int) -> bool:
     return False
 
 
-def _get(url: str, max_bytes: int) -> bytes:
+def fetch(url: str, max_bytes: int, seconds: float) -> tuple[int, bytes]:
+    """GET a URL in `seconds` in all; return the status and up to `max_bytes` of the body.
+
+    Raises OSError (TimeoutError at the deadline) or http.client.HTTPException. Only the resolver, and a
+    server that sends its header byte by byte, can take longer.
+    """
+    deadline = time.monotonic() + seconds
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=SELF_CHECK_SECONDS)
+    connection = kind(parts.netloc, timeout=seconds)
     try:
-        connection.request("GET", f"{parts.path}?{parts.query}" if parts.query else parts.path)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise http.client.HTTPException(f"status {response.status}")
-        return response.read(max_bytes)
+        connection.connect()
+        sock = connection.sock  # the connection forgets it once it knows that no second request follows
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        sock.settimeout(_left(deadline))
+        connection.request("GET", target, headers={"Connection": "close"})
+        sock.settimeout(_left(deadline))
+        with connection.getresponse() as response:
+            wanted = max_bytes if response.length is None else min(max_bytes, response.length)
+            data = bytearray()
+            while len(data) < wanted:
+                sock.settimeout(_left(deadline))
+                piece = response.read1(min(PIECE_BYTES, wanted - len(data)))
+                if not piece:
+                    break
+                data += piece
+            return response.status, bytes(data)
     finally:
         connection.close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("no complete answer in time")
+    return left

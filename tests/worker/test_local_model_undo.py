@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -158,6 +159,50 @@ def test_attach_again(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) 
             assert set(fetch_files(spy.card())) == DEMO_FILES
         assert spy.is_empty()
         assert runtime.metadata_artifacts.is_empty()
+
+
+def test_equal_content_is_held_once(runtime: Any, model_dir: Any) -> None:
+    """Models of one directory hold the registry's objects while attached, and none afterwards."""
+    directory = model_dir()
+    models = [LocalModel.load(directory, name=f"m{n}") for n in range(2)]
+    for number, model in enumerate(models):
+        model.attach(runtime.endpoint(f"ns.comp.ep{number}"))
+
+    assert len({id(content) for model in models for content in model.contents.values()}) == len(DEMO_FILES)
+    models[0].detach()
+    assert not models[0].contents
+
+
+def test_attach_again_refuses_a_changed_file(runtime: Any, model_dir: Any) -> None:
+    """After a detach the files are read anew, and must be what the card says."""
+    model = LocalModel.load(model_dir(), name="m").attach(runtime.endpoint("ns.comp.ep"))
+    model.detach()
+    model_dir(config__json=b"{}")
+
+    with pytest.raises(RegistrationError, match="the card says"):
+        model.attach(runtime.endpoint("ns.comp.ep"))
+
+
+def test_taken_key_names_its_holder(runtime: Any, spy: Any, model_dir: Any) -> None:
+    """Two adapters of one slug: the error names the one that is there, and what to do."""
+    endpoint = runtime.endpoint("ns.comp.ep")
+    base = LocalModel.load(model_dir(), name="m")
+    base.derive_lora("a/b").attach(endpoint)
+
+    with pytest.raises(DiscoveryError, match=r"'a/b' is published there.*another LoRA name"):
+        base.derive_lora("a_b").attach(endpoint)
+    assert len(spy.cards()) == 1
+
+
+def test_moving_by_itself_waits_for_an_attach(runtime: Any, model_dir: Any, registry: Any) -> None:
+    """`move_to_self_host` takes the model's lock, so it changes nothing half-way through an attach."""
+    model = LocalModel.load(model_dir(), name="m")
+    thread = threading.Thread(target=lambda: model.move_to_self_host(registry, "http://h").close())
+    with model._lock:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join()
 
 
 def test_attach_twice_is_refused(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) -> None:

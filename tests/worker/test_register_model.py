@@ -141,6 +141,35 @@ def test_impossible_value(
     assert runtime.metadata_artifacts.is_empty()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_type": None}, {"model_type": object()}, {"model_input": None}, {"router_config": [1]},
+        {"runtime_config": 5}, {"needs": 5}, {"needs": ["prefill"]}, {"media_decoder": "x"},
+        {"model_path": b"/m"}, {"model_aliases": "foo"},
+        {"model_name": 5}, {"lora_name": 5, "base_model_path": "/m"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_value_of_a_wrong_kind(wrong: dict[str, Any], runtime: Any, spy: Any, model_dir: Any) -> None:
+    """What is not even of the right type is refused as CardError by its name, before anything is read."""
+    given = {
+        "model_input": "Tokens", "model_type": "Chat", "endpoint": runtime.endpoint("ns.comp.ep"),
+        "model_path": model_dir(), "worker_type": None, **wrong,
+    }  # fmt: skip
+    with pytest.raises(CardError) as caught:
+        register_model(**given)
+
+    assert caught.value.field == next(iter(wrong))
+    assert spy.is_empty()
+
+
+def test_template_without_assets(register: Any, tmp_path: Path) -> None:
+    """A custom template that would be left out is refused."""
+    with pytest.raises(CardError, match="custom_template_path"):
+        register("/m", "m", skip_model_assets=True, custom_template_path=tmp_path)
+
+
 def test_no_model_directory(register: Any, spy: Any, tmp_path: Path) -> None:
     """A directory that is none is refused."""
     with pytest.raises(ModelDirError):

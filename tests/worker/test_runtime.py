@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import threading
 from typing import Any
 
 import pytest
 
 from selfhost.discovery import Bucket, MemoryDiscovery
-from selfhost.errors import DiscoveryError, SettingsError, StatusServerError
+from selfhost.errors import DiscoveryError, RegistrationError, SettingsError, StatusServerError
 from selfhost.settings import Settings
 from selfhost.worker import advertise
 from selfhost.worker.local_model import LocalModel
@@ -45,7 +46,7 @@ def test_port_zero_is_told(start_runtime: Any, fetch: Any) -> None:
     runtime = start_runtime(system_port=0)
 
     assert runtime.base_url() == f"http://127.0.0.1:{runtime.status_server.port}"
-    assert fetch(runtime.base_url() + "/health")[0] == 200
+    assert fetch(runtime.base_url() + "/live")[0] == 200
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, spy: Any, fetch: Any) -> None:
@@ -140,7 +141,7 @@ def test_slow_store_does_not_delay_health(start_runtime: Any, spy: Any, model_di
     assert publishing.wait(5)
 
     try:
-        assert fetch(f"http://{runtime.status_server.address}/health")[0] == 200
+        assert fetch(f"http://{runtime.status_server.address}/health")[0] == 503
     finally:
         released.set()
         thread.join()
@@ -272,7 +273,8 @@ def test_own_discovery_is_closed(model_dir: Any) -> None:
         discovery = runtime.discovery
         assert isinstance(discovery, MemoryDiscovery)
 
-    assert runtime.discovery is not discovery
+    with pytest.raises(RegistrationError, match="closed"):
+        _ = runtime.discovery
     with pytest.raises(DiscoveryError, match="closed"):
         discovery.publish(Bucket.MODELS, runtime.endpoint("a.b.c").key(), "{}")
     runtime.close()
@@ -306,6 +308,151 @@ def test_two_runtimes_in_one_process(spy: Any, model_dir: Any, fetch: Any) -> No
         assert len(spy.cards()) == 1
 
 
+# ------------------------------------------------------------------ closed, and other threads
+
+
+def test_closed_runtime_takes_no_model(start_runtime: Any, spy: Any, model_dir: Any) -> None:
+    """Attaching to a closed runtime is refused and starts nothing."""
+    runtime = start_runtime(self_host_metadata=True)
+    runtime.close()
+
+    with pytest.raises(RegistrationError, match="the runtime is closed"):
+        LocalModel.load(model_dir()).attach(runtime.endpoint("ns.comp.ep"))
+    assert (runtime.status_server, spy.is_empty()) == (None, True)
+
+
+def test_close_undoes_an_attach_that_runs(
+    start_runtime: Any, spy: Any, model_dir: Any, wait_until: Any
+) -> None:
+    """A model that another thread attaches while the runtime closes is detached again."""
+    runtime, released, publishing = (
+        start_runtime(self_host_metadata=True),
+        threading.Event(),
+        threading.Event(),
+    )
+    spy.on_call = lambda *_: (publishing.set(), released.wait(20))
+    model = LocalModel.load(model_dir())
+    attaching = threading.Thread(target=model.attach, args=(runtime.endpoint("ns.comp.ep"),))
+    closing = threading.Thread(target=runtime.close)
+    attaching.start()
+    assert publishing.wait(5)
+    closing.start()
+    assert wait_until(lambda: runtime._is_closed)
+    released.set()
+    attaching.join()
+    closing.join()
+
+    assert (model.is_attached, spy.is_empty(), runtime.metadata_artifacts.is_empty()) == (False, True, True)
+
+
+def test_slow_store_delays_no_other_endpoint(start_runtime: Any, spy: Any, model_dir: Any) -> None:
+    """While the record of one endpoint is being written, a model comes and goes on another."""
+    runtime, released, publishing = start_runtime(), threading.Event(), threading.Event()
+    spy.on_call = lambda *_: (publishing.set(), released.wait(20))
+    slow = threading.Thread(
+        target=LocalModel.load(model_dir()).attach, args=(runtime.endpoint("ns.comp.slow"),)
+    )
+    slow.start()
+    assert publishing.wait(5)
+    spy.on_call = lambda *_: None
+    quick = threading.Thread(
+        target=lambda: LocalModel.load(model_dir()).attach(runtime.endpoint("ns.comp.quick")).detach()
+    )
+    quick.start()
+    quick.join(5)
+    was_quick = not quick.is_alive()
+    released.set()
+    slow.join()
+    quick.join()
+
+    assert was_quick
+
+
+def test_second_transport_is_refused(start_runtime: Any, spy: Any, model_dir: Any) -> None:
+    """An endpoint has one transport in a process; the error names both."""
+    runtime = start_runtime()
+    model = LocalModel.load(model_dir(), name="m")
+    model.attach(runtime.endpoint("ns.comp.ep", transport="h:1/a"))
+
+    with pytest.raises(RegistrationError, match=r"'h:1/a'.*'h:2/b'"):
+        model.derive_lora("x").attach(runtime.endpoint("ns.comp.ep", transport="h:2/b"))
+    assert len(spy.cards()) == 1
+
+
+# ------------------------------------------------------------------ forks and exits
+
+IN_A_CHILD = """
+    import os, sys
+    from selfhost import DistributedRuntime, LocalModel, SelfHostError, Settings
+    from selfhost.demo_model import write_demo_model
+
+    write_demo_model(sys.argv[1])
+    settings = Settings(True, "127.0.0.1", 0, discovery_backend="mem")
+    runtime = DistributedRuntime(settings)
+    model = LocalModel.load(sys.argv[1]).attach(runtime.endpoint("a.b.c"))
+    for lock in (runtime._life, runtime._lock, model._lock):
+        lock.acquire()
+    if os.fork() == 0:
+        import threading
+        def child():
+            runtime.close()
+            model.detach()
+            try:
+                LocalModel.load(sys.argv[1]).attach(runtime.endpoint("a.b.d"))
+            except SelfHostError as error:
+                assert "after the fork" in str(error)
+            with DistributedRuntime(settings) as own:
+                model.attach(own.endpoint("a.b.c"))
+            os.write(1, b"child done ")
+            os._exit(0)
+        threading.Thread(target=child).start()
+        threading.Event().wait(8)
+        os._exit(1)
+    _, status = os.wait()
+    assert status == 0 and model.is_attached
+    os.write(1, b"parent done")
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inherited_runtime_is_inert(run_script: Any, tmp_path: Any) -> None:
+    """In a forked child, close and detach touch nothing and wait for nobody, and attaching is refused."""
+    result = run_script(f"import warnings; warnings.simplefilter('ignore')\n{textwrap.dedent(IN_A_CHILD)}",
+        str(tmp_path / "m"), timeout=20,
+    )  # fmt: skip
+
+    assert (result.stdout, result.returncode) == ("child done parent done", 0), result.stderr
+
+
+AT_EXIT = """
+    import os, sys
+    from selfhost import DistributedRuntime, LocalModel, Settings, SystemStatusServer
+    from selfhost.demo_model import write_demo_model
+    from selfhost.discovery import Bucket, FileDiscovery
+
+    write_demo_model(sys.argv[1] + "/m")
+    discovery = FileDiscovery(sys.argv[1] + "/kv")
+    close = SystemStatusServer.close
+
+    def told(self, timeout=5.0):
+        os.write(1, f"{len(os.listdir(sys.argv[1] + '/kv/v1/mdc'))} cards\\n".encode())
+        close(self, timeout)
+
+    SystemStatusServer.close = told
+    settings = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=0)
+    runtime = DistributedRuntime(settings, discovery=discovery)
+    LocalModel.load(sys.argv[1] + "/m").attach(runtime.endpoint("a.b.c"))
+    assert len(discovery.records(Bucket.MODELS)) == 1
+"""
+
+
+def test_exit_withdraws_before_the_server_ends(run_script: Any, tmp_path: Any) -> None:
+    """At the interpreter's exit, too, the card goes first, whichever object was made first."""
+    result = run_script(AT_EXIT.replace("\\\\n", "\\n"), str(tmp_path))
+
+    assert (result.stdout.splitlines()[:1], result.returncode) == (["0 cards"], 0), result.stderr
+
+
 # ------------------------------------------------------------------ reaching itself
 
 
@@ -317,7 +464,6 @@ def test_worker_that_cannot_reach_itself_warns_once(
     for number in range(3):
         LocalModel.load(model_dir(), name=f"m{number}").attach(runtime.endpoint(f"ns.comp.ep{number}"))
 
-    assert runtime.can_reach_itself is False
     assert caplog.text.count("cannot fetch its own") == 1
     assert len(spy.cards()) == 3
 
@@ -340,5 +486,27 @@ def test_worker_that_reaches_itself(
     runtime = start_runtime(self_host_metadata=True)
     LocalModel.load(model_dir()).attach(runtime.endpoint("ns.comp.ep"))
 
-    assert runtime.can_reach_itself is True
     assert "cannot fetch" not in caplog.text
+
+
+def test_each_base_url_is_checked(start_runtime: Any) -> None:
+    """One base URL that leads nowhere says nothing of another, and is tried once."""
+    runtime, asked = start_runtime(), []
+
+    def check(url: str, answer: bool) -> bool:
+        return runtime.reachable(url, lambda: asked.append(url) or answer)
+
+    assert [check("http://a", False), check("http://a", True), check("http://b", True)] == [
+        False,
+        False,
+        True,
+    ]
+    assert asked == ["http://a", "http://b"]
+
+
+def test_argument_is_blamed_for_itself(start_runtime: Any) -> None:
+    """A base URL that came as an argument is called so in the error."""
+    with pytest.raises(SettingsError, match="advertise_url='ftp://x'") as caught:
+        start_runtime().base_url("ftp://x")
+
+    assert caught.value.variable == "advertise_url"

@@ -1,0 +1,70 @@
+"""Fetching from a server that may be anything, within one deadline."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from selfhost.worker.local_model import LocalModel
+from selfhost.worker.self_check import fetch
+
+pytestmark = pytest.mark.usefixtures("leaves_nothing")
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    """Serve 100 bytes, ten a second; return the URL."""
+
+    def drip() -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+            try:
+                for _ in range(100):
+                    client.sendall(b"x")
+                    time.sleep(0.1)
+            except OSError:
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        thread.join()
+
+
+def test_deadline_counts_for_the_whole_fetch(dripping: str) -> None:
+    """A server that sends a byte now and then does not keep us longer than was said."""
+    began = time.monotonic()
+    with pytest.raises(OSError, match="time"):
+        fetch(dripping, 101, 0.4)
+
+    assert time.monotonic() - began < 2
+
+
+def test_reads_no_more_than_asked(serve_bytes: Any, server: Any) -> None:
+    """Of a large answer only the beginning is read."""
+    assert fetch(f"http://{server.address}{serve_bytes(b'x' * 300_000)}", 100_000, 10) == (
+        200,
+        b"x" * 100_000,
+    )
+
+
+def test_smallest_file_is_asked_for(
+    start_runtime: Any, model_dir: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check costs one request for the smallest file."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "selfhost.worker.local_model.can_fetch", lambda url, checksum, size: not asked.append(size)
+    )
+    runtime = start_runtime(self_host_metadata=True)
+    model = LocalModel.load(model_dir(tiny__txt=b"1")).attach(runtime.endpoint("a.b.c"))
+
+    assert asked == [min(file.size for file in model.files)] == [1]
