@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 from typing import Callable, NoReturn, Optional, Protocol
 
 from ..errors import DiscoveryError
@@ -149,12 +148,7 @@ class Discovery(Protocol):
 
     def __enter__(self) -> Discovery: ...
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Publication:
@@ -191,12 +185,7 @@ class Publication:
     def __enter__(self) -> Publication:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.withdraw()
 
     def __repr__(self) -> str:

@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Callable, NoReturn, Optional, Union
 
 from ..errors import DiscoveryError
@@ -254,12 +253,7 @@ class FileDiscovery:
     def __enter__(self) -> FileDiscovery:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Optional
 
 from ..errors import DiscoveryError
@@ -132,12 +131,7 @@ class MemoryDiscovery:
     def __enter__(self) -> MemoryDiscovery:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

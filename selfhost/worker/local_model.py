@@ -15,9 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Optional, Union
-from urllib.parse import quote
 
 from ..card.checked_file import CheckedFile
 from ..card.checksum import Checksum
@@ -31,14 +29,13 @@ from .card_fields import PathLike
 from .content import MAX_PINNED_BYTES, Content, pin_file
 from .registry import (
     BASE_SUFFIX,
-    MAX_NAME_BYTES,
     Artifact,
     MetadataArtifactRegistry,
     Registration,
-    why_unservable,
 )
 from .runtime import DistributedRuntime, Endpoint
 from .self_check import can_fetch
+from .served_names import choose_names, local_files, without_local_extras, without_unservable
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +142,7 @@ class LocalModel:
                 if self_host:
                     self._serve(runtime, runtime.base_url(advertise_url), undo)
                 else:
-                    self.card = _without_local_extras(self._local_card)
+                    self.card = without_local_extras(self._local_card)
                 runtime.acquire_instance(endpoint)
                 undo.callback(runtime.release_instance, endpoint)
                 undo.callback(self._publish(runtime, key).withdraw)
@@ -170,12 +167,7 @@ class LocalModel:
     def __enter__(self) -> LocalModel:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     @property
@@ -234,9 +226,9 @@ class LocalModel:
                 f"the LoRA name {self.card.display_name!r} has no slug: it needs an ASCII letter or digit",
                 slug=self.card.slug,
             )
-        card = _without_unservable(self._local_card)
-        names = _choose_names(card)
-        contents = {names[file.path]: self._content_of(file, registry) for file in _local_files(card)}
+        card = without_unservable(self._local_card)
+        names = choose_names(card)
+        contents = {names[file.path]: self._content_of(file, registry) for file in local_files(card)}
         registration = registry.register_files(self.card.slug, self._suffix, contents)
         artifacts = {artifact.filename: artifact for artifact in registration.artifacts}
         urls = {path: base_url + artifacts[name].target for path, name in names.items()}
@@ -265,57 +257,6 @@ class LocalModel:
 
     def __repr__(self) -> str:
         return f"<LocalModel {self.card.display_name!r} {'attached' if self.is_attached else 'detached'}>"
-
-
-def _without_unservable(card: ModelDeploymentCard) -> ModelDeploymentCard:
-    """Leave out extra files whose names frontends cannot take out of a URL."""
-    kept = []
-    for file in card.extra_files:
-        reason = _why_unusable(os.path.basename(file.path)) if file.is_local else None
-        if reason is None:
-            kept.append(file)
-        else:
-            logger.warning("%r is not served, its name cannot be in a URL: %s", file.path, reason)
-    return card if len(kept) == len(card.extra_files) else replace(card, extra_files=tuple(kept))
-
-
-def _why_unusable(name: str) -> Optional[str]:
-    """Return why frontends cannot store a file under this name as it stands in a URL, or None if they can.
-
-    Dynamo's keeps the percent-encoded name, whose limit a name in Chinese reaches three times as early.
-    """
-    reason = why_unservable(name)
-    if reason is None and len(quote(name, safe="")) > MAX_NAME_BYTES:
-        reason = f"percent-encoded it has more than {MAX_NAME_BYTES} characters"
-    return reason
-
-
-def _local_files(card: ModelDeploymentCard) -> list[CheckedFile]:
-    return [file for file, _ in card.iter_metadata_files() if file.is_local]
-
-
-def _without_local_extras(card: ModelDeploymentCard) -> ModelDeploymentCard:
-    """Leave out extra files that no frontend could fetch."""
-    kept = tuple(file for file in card.extra_files if not file.is_local)
-    return card if len(kept) == len(card.extra_files) else replace(card, extra_files=kept)
-
-
-def _choose_names(card: ModelDeploymentCard) -> dict[str, str]:
-    """Give each local path the name that it is served under: its own, unless other content has that.
-
-    Frontends link each file into one directory by its name in the URL, so a custom template called
-    config.json must not go by that name. A slot's file may have any name; an extra file's never collides.
-    """
-    names: dict[str, str] = {}
-    taken: dict[str, Checksum] = {}
-    for file in _local_files(card):
-        name = os.path.basename(file.path)
-        if _why_unusable(name) or taken.get(name, file.checksum) != file.checksum:
-            extension = os.path.splitext(name)[1]
-            name = file.checksum.hex[:16] + ("" if _why_unusable(extension or ".") else extension)
-        taken[name] = file.checksum
-        names[file.path] = name
-    return names
 
 
 # ------------------------------------------------------------------ Dynamo's entry point

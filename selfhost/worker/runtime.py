@@ -20,7 +20,6 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Callable, Optional
 
 from ..discovery.base import Bucket, Discovery, Publication, RecordKey, instance_record, new_instance_id
@@ -197,12 +196,7 @@ class DistributedRuntime:
     def __enter__(self) -> DistributedRuntime:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -------------------------------------------------------------- what models need

@@ -23,7 +23,6 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Callable, Optional
 
 from ..errors import StatusServerError
@@ -91,12 +90,7 @@ class SystemStatusServer:
     def __enter__(self) -> SystemStatusServer:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -------------------------------------------------------------- what it is
