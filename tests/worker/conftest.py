@@ -327,3 +327,9 @@ def start_runtime(
         runtime.close(timeout=0.1)
     for artifact in registry:
         registry.unregister(artifact.slug, artifact.suffix)
+
+
+@pytest.fixture
+def runtime(start_runtime: Callable[..., DistributedRuntime]) -> DistributedRuntime:
+    """Return a runtime that self-hosts."""
+    return start_runtime(self_host_metadata=True)

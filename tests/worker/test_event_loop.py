@@ -248,7 +248,7 @@ with SystemStatusServer(MetadataArtifactRegistry()) as server:
     late = socket.create_connection((server.host, server.port))  # the last descriptor: none for the server
     late.sendall(b"GET /live HTTP/1.0\\r\\n\\r\\n")
     used = time.process_time()
-    time.sleep(0.3)
+    time.sleep(1.3)  # time for several tries
     assert time.process_time() - used < 0.15, "the loop spins"
     for fd in taken:
         os.close(fd)
@@ -262,13 +262,13 @@ print("lived")
 
 
 def test_out_of_descriptors(run_script: Any) -> None:
-    """Out of descriptors, the server waits without spinning, says so, and goes on when there are some."""
+    """Out of descriptors, the server waits without spinning, says so once, and goes on when it can."""
     done = run_script(OUT_OF_DESCRIPTORS)
 
     assert done.stderr == ""
     assert done.stdout.endswith("lived\n")
     assert "cannot accept a connection: [Errno 24]" in done.stdout
-    assert done.stdout.count("cannot accept") <= 4
+    assert done.stdout.count("cannot accept") == 1
 
 
 # ------------------------------------------------------------------ the loop itself

@@ -22,16 +22,10 @@ DEMO_FILES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def runtime(start_runtime: Any) -> Any:
-    """Return a runtime that self-hosts."""
-    return start_runtime(self_host_metadata=True)
-
-
 # ------------------------------------------------------------------ attach
 
 
-def test_every_file_can_be_fetch_files(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) -> None:
+def test_every_file_can_be_fetched(runtime: Any, spy: Any, model_dir: Any, fetch_files: Any) -> None:
     """What the published card says is what a client gets, extra files included."""
     directory = model_dir(extra__txt=b"extra", we__ird=b"?")
     LocalModel.load(directory, name="org/M").attach(runtime.endpoint("ns.comp.ep"))

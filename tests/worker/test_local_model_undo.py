@@ -22,12 +22,6 @@ DEMO_FILES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def runtime(start_runtime: Any) -> Any:
-    """Return a runtime that self-hosts."""
-    return start_runtime(self_host_metadata=True)
-
-
 # ------------------------------------------------------------------ failures undo everything
 
 

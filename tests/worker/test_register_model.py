@@ -19,12 +19,6 @@ CHAT = ModelType.Chat | ModelType.Completions
 
 
 @pytest.fixture
-def runtime(start_runtime: Any) -> Any:
-    """Return a runtime that self-hosts."""
-    return start_runtime(self_host_metadata=True)
-
-
-@pytest.fixture
 def register(runtime: Any) -> Any:
     """Return `register_model` with the first arguments that most tests do not care for."""
 
