@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 
 class SelfHostError(Exception):
@@ -88,6 +88,73 @@ class DiscoveryError(SelfHostError):
         self.key = key
 
 
+class FetchError(SelfHostError):
+    """A file could not be fetched from `url`.
+
+    `is_transient` says whether the same source is worth another try soon, `retry_after` how many seconds the
+    source asked to be left alone (None: it did not).
+    """
+
+    def __init__(
+        self, message: str, *, url: str, is_transient: bool = False, retry_after: Optional[float] = None
+    ) -> None:
+        super().__init__(message)
+        self.url = url
+        self.is_transient = is_transient
+        self.retry_after = retry_after
+
+
+class HTTPStatusError(FetchError):
+    """The origin answered with a status that brings no file."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        url: str,
+        status: int,
+        is_transient: bool = False,
+        retry_after: Optional[float] = None,
+    ) -> None:
+        super().__init__(message, url=url, is_transient=is_transient, retry_after=retry_after)
+        self.status = status
+
+
+class FetchTimeout(FetchError):
+    """The source took more than `seconds` in one `phase`: connect, tls, headers, body or total."""
+
+    def __init__(self, message: str, *, url: str, seconds: float, phase: str) -> None:
+        super().__init__(message, url=url)
+        self.seconds = seconds
+        self.phase = phase
+
+
+class SizeLimitExceeded(FetchError):
+    """The source has more than `limit` bytes; `received` is what it announced or sent (bytes)."""
+
+    def __init__(self, message: str, *, url: str, limit: int, received: int) -> None:
+        super().__init__(message, url=url)
+        self.limit = limit
+        self.received = received
+
+
+class SchemeNotAllowed(FetchError):
+    """No transport is allowed to fetch URLs of this `scheme` ("" for a plain path)."""
+
+    def __init__(self, message: str, *, url: str, scheme: str) -> None:
+        super().__init__(message, url=url)
+        self.scheme = scheme
+
+
+class PeerNotAllowed(FetchError):
+    """The peer policy refuses the address that the URL's host stands for; nothing was sent to it."""
+
+    def __init__(self, message: str, *, url: str, host: str, address: str) -> None:
+        super().__init__(message, url=url)
+        self.host = host
+        self.address = address
+
+
 class VerificationError(SelfHostError):
     """Bytes that were fetched are not the bytes that the card promises."""
 
@@ -99,6 +166,59 @@ class VerificationError(SelfHostError):
         self.expected = expected
         self.actual = actual
         self.size = size
+
+
+class SourceDrifted(VerificationError):
+    """The source is one that changes (a branch of a repository) and has moved on: not corrupt, but other."""
+
+
+class CacheError(SelfHostError):
+    """The cache cannot use `path`; `errno` is the system's reason, None where the reason is ours."""
+
+    def __init__(self, message: str, *, path: str, errno: Optional[int] = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.errno = errno
+
+
+class LockTimeout(CacheError):
+    """A lock of the cache was not granted within `seconds`; work goes on without it."""
+
+    def __init__(self, message: str, *, path: str, seconds: float) -> None:
+        super().__init__(message, path=path)
+        self.seconds = seconds
+
+
+class Attempt(NamedTuple):
+    """One try at one source: where, what came of it, and how long that took."""
+
+    url: str
+    error: SelfHostError
+    seconds: float
+
+
+class ResolveError(SelfHostError):
+    """A file of a card is to be had from no source; `attempts` lists all that were tried, in order.
+
+    `file` is the name of the first file that failed, `missing` the checksum of every file that is not there
+    (more than one only when nothing may be fetched), `retry_after` the seconds for which the same request
+    would fail again without being tried (None: it would be tried).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str,
+        attempts: Sequence[Attempt] = (),
+        missing: Sequence[str] = (),
+        retry_after: Optional[float] = None,
+    ) -> None:
+        super().__init__(message)
+        self.file = file
+        self.attempts = tuple(attempts)
+        self.missing = tuple(missing)
+        self.retry_after = retry_after
 
 
 _REPR = reprlib.Repr()

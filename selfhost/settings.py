@@ -55,6 +55,30 @@ class Settings:
         return cls(**{**{name: read() for name, read in readers.items() if name not in given}, **given})
 
 
+@dataclass(frozen=True)
+class FrontendSettings:
+    """What a frontend takes from the environment: places on its own disk."""
+
+    cache_root: Optional[str] = None  # DYN_MDC_CACHE, else Dynamo's place below HOME; None: there is no HOME
+    hf_hub_cache: Optional[str] = None  # HF_HUB_CACHE, else `hub` in HF_HOME, else below HOME
+
+    @classmethod
+    def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> FrontendSettings:
+        """Read the settings from `environ` (None: this process's own, as it is now); never raises."""
+        env = os.environ if environ is None else environ
+        home = env.get("HOME", "")
+        below_home = os.path.join(home, ".cache") if os.path.isabs(home) else None
+        return cls(
+            cache_root=env.get("DYN_MDC_CACHE") or _join(below_home, "dynamo", "mdc"),
+            hf_hub_cache=env.get("HF_HUB_CACHE")
+            or _join(env.get("HF_HOME") or _join(below_home, "huggingface"), "hub"),
+        )
+
+
+def _join(folder: Optional[str], *parts: str) -> Optional[str]:
+    return None if folder is None else os.path.join(folder, *parts)
+
+
 def _host(variable: str, env: Mapping[str, str]) -> str:
     """Return the host to bind, "" when none is set; `[::1]` is taken for `::1`."""
     text = env.get(variable, "").strip()
