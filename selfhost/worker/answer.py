@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from .registry import Artifact, MetadataArtifactRegistry
 
 ROUTE = "/v1/metadata/"
+CARD = ""  # in place of a filename, which is never empty: the model's card
 
 Fields = tuple[tuple[str, str], ...]
 
 # Our own table: the system's differs between replicas, and a template served as text/html is a script to
 # a browser that opens it.
 _TEXT = "text/plain; charset=utf-8"
-_MEDIA_TYPES = {"json": "application/json", "txt": _TEXT, "md": _TEXT, "jinja": _TEXT}
+_JSON = "application/json"
+_MEDIA_TYPES = {"json": _JSON, "txt": _TEXT, "md": _TEXT, "jinja": _TEXT}
 _OTHER_MEDIA_TYPE = "application/octet-stream"
 
 # no-cache: a URL without digest may be registered anew with other content. no-transform: no proxy's gzip.
@@ -57,12 +59,14 @@ class Answer(NamedTuple):
 
 
 def media_type(filename: str) -> str:
-    """Return the Content-Type for a metadata file, by the last part of its name."""
+    """Return the Content-Type for a metadata file, by the last part of its name, or for a CARD."""
+    if filename == CARD:
+        return _JSON
     return _MEDIA_TYPES.get(filename.rpartition(".")[2].lower(), _OTHER_MEDIA_TYPE)
 
 
 def hit_fields(filename: str, content: Content) -> Fields:
-    """Return the fields of the 200 for a registered file."""
+    """Return the fields of the 200 for a registered file or card."""
     return (
         ("Content-Type", media_type(filename)),
         ("Content-Length", str(content.size)),
@@ -85,7 +89,7 @@ def json_answer(status: int, value: object) -> Answer:
     """Return a JSON value as an answer."""
     body = json.dumps(value).encode() + b"\n"
     fields = (
-        ("Content-Type", "application/json"),
+        ("Content-Type", _JSON),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),
     )
@@ -109,12 +113,14 @@ FAILED = text_answer(500, "Internal error")
 def find(registry: MetadataArtifactRegistry, path: str, query: str) -> Optional[Artifact]:
     """Return what is registered under a percent-decoded path and a raw query string, or None.
 
-    Exactly three segments follow the route, so no path is ever joined; the query's `blake3` selects one of
-    several contents of one key. Other parameters are ignored.
+    Two segments after the route mean a card, three a file, so no path is ever joined; the query's `blake3`
+    selects one of several contents of one key. Other parameters are ignored.
     """
-    if not path.startswith(ROUTE):
+    if not path.startswith(ROUTE) or path.endswith("/"):
         return None
     segments = path[len(ROUTE) :].split("/")
+    if len(segments) == 2:
+        segments.append(CARD)
     if len(segments) != 3:
         return None
     slug, suffix, filename = segments
@@ -141,7 +147,7 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def answer_hit(method: str, artifact: Artifact, headers: Headers) -> Answer:
-    """Answer GET or HEAD for a registered file."""
+    """Answer GET or HEAD for a registered file or card."""
     content = artifact.content
     if not content.is_intact():
         return UNREADABLE

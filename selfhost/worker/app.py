@@ -31,7 +31,7 @@ _CONDITIONS = ("HTTP_RANGE", "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
 
 
 class MetadataApp:
-    """Serve a registry's files at /v1/metadata/{slug}/{suffix}/{filename}; a WSGI callable."""
+    """Serve a registry at /v1/metadata/{slug}/{suffix}[/{filename}]; a WSGI callable."""
 
     def __init__(self, registry: MetadataArtifactRegistry) -> None:
         self.registry = registry

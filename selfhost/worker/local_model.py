@@ -1,8 +1,8 @@
 """A model of this process: loaded from its directory, served by this worker, published to frontends.
 
-`attach` pins and registers the files, rewrites the card's local paths to this worker's URLs and publishes
-the card last; a failure at any step undoes the earlier ones. `detach` withdraws the card first, then the
-routes. Without self-hosting the card keeps its local paths and carries no extra files, as Dynamo's does.
+`attach` pins and registers the files, rewrites the card's local paths to this worker's URLs, serves the card,
+and publishes it last; a failure at any step undoes the earlier ones. `detach` withdraws the card first, then
+the routes. Without self-hosting the card keeps its local paths and has no extra files, as Dynamo's does.
 
 Sharing: any number of threads; attach and detach of one model exclude each other.
 """
@@ -25,6 +25,7 @@ from ..card.model_type import ModelInput, ModelType, WorkerType
 from ..discovery.base import Bucket, Publication, RecordKey, model_record
 from ..errors import CardError, RegistrationError
 from . import card_fields
+from .answer import CARD
 from .card_fields import PathLike
 from .content import MAX_PINNED_BYTES, Content, pin_file
 from .registry import (
@@ -77,6 +78,7 @@ class LocalModel:
         self._lock = threading.RLock()
         self._attached: Optional[ExitStack] = None
         self._files: list[ServedFile] = []
+        self._card_url: Optional[str] = None
 
     @classmethod
     def load(
@@ -180,9 +182,19 @@ class LocalModel:
         """What this worker serves for the model, in the card's order."""
         return tuple(self._files)
 
+    @property
+    def card_url(self) -> Optional[str]:
+        """Where this worker serves the card itself, as it is published; None if it does not self-host it."""
+        return self._card_url
+
     def _serve(self, runtime: DistributedRuntime, base_url: str, undo: ExitStack) -> None:
         registration = self.move_to_self_host(runtime.metadata_artifacts, base_url)
         undo.callback(registration.close)
+        registration = runtime.metadata_artifacts.register_card(
+            self.card.slug, self._suffix, self.card.to_json()
+        )
+        undo.callback(registration.close)
+        self._card_url = base_url + registration.targets[CARD]
         if runtime.status_server is not None and self._files:
             smallest = min(self._files, key=lambda file: file.size)
             runtime.reachable(base_url, lambda: can_fetch(smallest.url, smallest.checksum, smallest.size))
@@ -201,6 +213,7 @@ class LocalModel:
     def _back_to_local(self) -> None:
         self.card = self._local_card
         self._files = []
+        self._card_url = None
 
     @property
     def _suffix(self) -> str:
@@ -211,11 +224,11 @@ class LocalModel:
     def move_to_self_host(self, registry: MetadataArtifactRegistry, base_url: str) -> Registration:
         """Register the card's local files and point the card at `base_url`; URL slots stay as they are.
 
-        `attach` does this, and `detach` undoes it. Called by itself, for a host that publishes the card in
-        its own way, it leaves the URLs in the card and the content with the model when the registration is
-        closed. Raises RegistrationError, with nothing registered and the card unchanged, for a file that
-        cannot be pinned or is no longer what the card says. An extra file whose name no URL can carry is
-        left out with a warning.
+        `attach` does this and serves the card, `detach` undoes both. Called by itself, for a host that
+        publishes the card in its own way, it leaves the URLs in the card and the content with the model when
+        the registration is closed. Raises RegistrationError, with nothing registered and the card unchanged,
+        for a file that cannot be pinned or is no longer what the card says. An extra file whose name no URL
+        can carry is left out with a warning.
         """
         with self._lock:
             return self._move_to_self_host(registry, base_url)

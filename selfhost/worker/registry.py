@@ -6,6 +6,8 @@ Rules
   side: the oldest answers the plain URL, every one answers its URL with `?blake3=<hex>`. When the oldest
   goes, the next oldest takes over the plain URL.
 - Equal content is kept once per process, whatever the keys.
+- A model's card answers the URL of the model itself, by the same rules. It is no file: length, iteration and
+  `pinned_bytes` leave it out. `is_empty` does not, and `unregister` removes it with the files.
 - Files are read and hashed before the lock is taken; the lock covers dictionary work only. It is one lock
   for all registries of the process, because they share the content.
 
@@ -27,8 +29,8 @@ from typing import Optional, Union
 from urllib.parse import quote
 
 from ..errors import RegistrationError
-from .answer import ROUTE, Fields, hit_fields, render_fields
-from .content import MAX_PINNED_BYTES, Content, HeldFile, MemoryContent, pin_file
+from .answer import CARD, ROUTE, Fields, hit_fields, render_fields
+from .content import MAX_PINNED_BYTES, Content, HeldFile, MemoryContent, pin_bytes, pin_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ Source = Union[str, "os.PathLike[str]", MemoryContent, HeldFile]
 
 
 class Artifact:
-    """One registered file: its key, its pinned content and its URL below the server's root.
+    """One registered file or card: its key, its pinned content and its URL below the server's root.
 
     `target` is the percent-encoded path that selects it, with a query only where another content holds the
     plain URL; `fields` are the header fields of its 200.
@@ -79,10 +81,10 @@ class Artifact:
 
 
 class Registration:
-    """Files registered together. Closing removes them, unless another registration shares them.
+    """What was registered together. Closing removes it, unless another registration shares it.
 
-    `targets` maps each filename to its URL path (with query where needed). A context manager; `close` may
-    be called any number of times from any thread.
+    `targets` maps each filename to its URL path (with query where needed), "" to a card's. A context manager;
+    `close` may be called any number of times from any thread.
     """
 
     def __init__(self, registry: MetadataArtifactRegistry, artifacts: tuple[Artifact, ...]) -> None:
@@ -101,7 +103,7 @@ class Registration:
         return MappingProxyType({artifact.filename: artifact.target for artifact in self._artifacts})
 
     def close(self) -> None:
-        """Withdraw the files; harmless when repeated."""
+        """Withdraw it all; harmless when repeated."""
         self._registry._release(self)
 
     def __enter__(self) -> Registration:
@@ -115,7 +117,7 @@ class Registration:
         return f"<Registration {state} files={len(self._artifacts)}>"
 
 
-# (slug, suffix) -> filename -> the oldest content, which knows the younger ones
+# (slug, suffix) -> filename, or CARD -> the oldest content, which knows the younger ones
 _Models = dict[tuple[str, str], dict[str, Artifact]]
 _NO_MODEL: dict[str, Artifact] = {}
 
@@ -161,11 +163,18 @@ class MetadataArtifactRegistry:
         for name, source in files.items():
             target = prefix + _segment(name, "filename")
             new.append(Artifact(slug, suffix, name, self._pin(slug, suffix, name, source), target))
-        with self._lock:
-            model = self._models.setdefault((slug, suffix), {}) if new else {}
-            artifacts = tuple([self._insert(model, artifact) for artifact in new])
-        logger.debug("registered %d files under %s", len(artifacts), prefix)
-        return Registration(self, artifacts)
+        logger.debug("registering %d files under %s", len(new), prefix)
+        return self._insert_all(slug, suffix, new)
+
+    def register_card(self, slug: str, suffix: str, text: str) -> Registration:
+        """Register the JSON text of a model's card, for the URL /v1/metadata/{slug}/{suffix}.
+
+        Raises RegistrationError for a name that cannot be part of a URL path.
+        """
+        target = f"{ROUTE}{_segment(slug, 'slug')}/{_segment(suffix, 'suffix')}"
+        return self._insert_all(
+            slug, suffix, [Artifact(slug, suffix, CARD, pin_bytes(text.encode()), target)]
+        )
 
     def _pin(self, slug: str, suffix: str, filename: str, source: Source) -> Content:
         if isinstance(source, (MemoryContent, HeldFile)):
@@ -185,13 +194,18 @@ class MetadataArtifactRegistry:
         return pin_file(path, max_pinned_bytes=self.max_pinned_bytes)
 
     def unregister(self, slug: str, suffix: str) -> int:
-        """Remove everything under (slug, suffix), whoever registered it; return how many files that were."""
+        """Remove all that is under (slug, suffix), whoever registered it; return how many files that were."""
         with self._lock:
             artifacts = list(_all_of({(slug, suffix): self._models.get((slug, suffix), {})}))
             for artifact in artifacts:
                 artifact.holders = 0
                 self._remove(artifact)
-        return len(artifacts)
+        return sum(artifact.filename != CARD for artifact in artifacts)
+
+    def _insert_all(self, slug: str, suffix: str, new: list[Artifact]) -> Registration:
+        with self._lock:
+            model = self._models.setdefault((slug, suffix), {}) if new else {}
+            return Registration(self, tuple([self._insert(model, artifact) for artifact in new]))
 
     def _insert(self, model: dict[str, Artifact], new: Artifact) -> Artifact:
         oldest = model.setdefault(new.filename, new)
@@ -207,7 +221,7 @@ class MetadataArtifactRegistry:
             oldest.younger = (*oldest.younger, new)
         new.content = _share(new.content)
         self._targets[new.target] = new
-        self._count += 1
+        self._count += new.filename != CARD
         return new
 
     def _remove(self, artifact: Artifact) -> None:
@@ -224,7 +238,7 @@ class MetadataArtifactRegistry:
             del model[artifact.filename]
             if not model:
                 del self._models[artifact.slug, artifact.suffix]
-        self._count -= 1
+        self._count -= artifact.filename != CARD
         _unshare(artifact.content)
 
     def _release(self, registration: Registration) -> None:
@@ -241,7 +255,10 @@ class MetadataArtifactRegistry:
     # -------------------------------------------------------------- reading
 
     def get(self, slug: str, suffix: str, filename: str, digest: Optional[str] = None) -> Optional[Artifact]:
-        """Return what answers for a key: the oldest content, or the one whose blake3 hex is `digest`."""
+        """Return what answers for a key: the oldest content, or the one whose blake3 hex is `digest`.
+
+        The `filename` CARD ("") stands for the model's card.
+        """
         oldest = self._models.get((slug, suffix), _NO_MODEL).get(filename)
         return oldest if oldest is None or digest is None else _with_digest(oldest, digest)
 
@@ -250,12 +267,12 @@ class MetadataArtifactRegistry:
         return self._targets.get(target)
 
     def is_empty(self) -> bool:
-        """Tell whether nothing is registered."""
-        return not self._count
+        """Tell whether nothing is registered, neither file nor card."""
+        return not self._models
 
     @property
     def pinned_bytes(self) -> int:
-        """Memory that the registered content takes, in bytes: each digest once, held files not at all."""
+        """Memory that the registered files take, in bytes: each digest once, held files not at all."""
         contents = {artifact.content.hex: artifact.content for artifact in self}
         return sum(content.size for content in contents.values() if isinstance(content, MemoryContent))
 
@@ -266,9 +283,9 @@ class MetadataArtifactRegistry:
         return True  # an empty registry is a registry: `registry or default` must not replace it
 
     def __iter__(self) -> Iterator[Artifact]:
-        """Iterate over a snapshot of what is registered."""
+        """Iterate over a snapshot of the registered files."""
         with self._lock:
-            return iter(list(_all_of(self._models)))
+            return iter([artifact for artifact in _all_of(self._models) if artifact.filename != CARD])
 
     def __repr__(self) -> str:
         return f"<MetadataArtifactRegistry models={len(self._models)} files={self._count}>"

@@ -52,6 +52,14 @@ FILES: list[tuple[str, str, str, bytes]] = [
     *[("hostile", "_base", name, name.encode()) for name in HOSTILE_NAMES],
 ]
 
+# (slug, suffix, text), in the same order
+CARDS: list[tuple[str, str, str]] = [
+    ("m", "_base", '{"display_name":"M"}'),
+    ("m", "_base", '{"display_name":"m"}'),
+    ("m", "lora-a", '{"display_name":"lora/a"}'),
+    ("", "_base", '{"display_name":"模型"}'),
+]
+
 
 def fill(directory: str) -> MetadataArtifactRegistry:
     """Write the files below `directory`, each where its number says, and register them."""
@@ -61,6 +69,8 @@ def fill(directory: str) -> MetadataArtifactRegistry:
         with open(path, "wb") as file:
             file.write(content)
         registry.register(slug, suffix, filename, path)
+    for card in CARDS:
+        registry.register_card(*card)
     with open(os.path.join(directory, "secret.txt"), "wb") as file:  # beside them, and never registered
         file.write(b"secret")
     return registry

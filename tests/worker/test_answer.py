@@ -288,6 +288,7 @@ def test_unsatisfiable_says_the_size(artifact: Artifact) -> None:
         ("tokenizer.model", "application/octet-stream"),
         ("LICENSE", "application/octet-stream"),
         (".json.", "application/octet-stream"),
+        (rules.CARD, "application/json"),
     ],
 )
 def test_media_types(filename: str, expected: str) -> None:
@@ -383,6 +384,29 @@ def test_only_the_exact_path_is_found(
     """A path is compared as it is: nothing is joined, folded or completed."""  # catalogue 32, 86
     assert find(registry, "/v1/metadata/m/_base/digits.txt", "") is artifact
     assert find(registry, path, "") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/v1/metadata/m/_base", True),
+        ("/v1/metadata//_base", False),
+        ("/v1/metadata/m", False),
+        ("/v1/metadata/m/", False),
+        ("/v1/metadata/m/_base/", False),
+        ("/v1/metadata/m/_base//", False),
+        ("/v1/metadata//m/_base", False),
+        ("/v1/metadata/m//_base", False),
+        ("/v1/metadata/m/_Base", False),
+    ],
+)
+def test_card_has_the_path_of_its_model(registry: MetadataArtifactRegistry, path: str, found: bool) -> None:
+    """Two segments after the route are a card's, without a slash behind them; it is JSON."""
+    card = registry.register_card("m", "_base", "{}").artifacts[0]
+
+    assert (find(registry, path, "") is card) is found
+    assert find(registry, "/v1/metadata/m/_base", "blake3=" + "0" * 64) is None
+    assert dict(card.fields)["Content-Type"] == "application/json"
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ HITS = [
     hit(f"{BASE}/twice.json{digest(b'second')}", b"second", "application/json", "HEAD"),
 ]
 
+CARD_TEXTS = [text.encode() for _, _, text in SITE["CARDS"]]
+CARDS = [
+    hit(BASE, CARD_TEXTS[0], "application/json"),
+    hit(BASE, CARD_TEXTS[0], "application/json", "HEAD"),
+    hit(f"{BASE}{digest(CARD_TEXTS[0])}", CARD_TEXTS[0], "application/json"),
+    hit(f"{BASE}{digest(CARD_TEXTS[1])}", CARD_TEXTS[1], "application/json"),
+    hit("/v1/metadata/m/lora-a", CARD_TEXTS[2], "application/json"),
+    hit("/v1/metadata//_base", CARD_TEXTS[3], "application/json"),
+    hit("/v1/metadata/m/%5Fbase?other=1", CARD_TEXTS[0], "application/json"),
+    Case(BASE, 304, b"", "GET", (("If-None-Match", tag(CARD_TEXTS[0])),), {"ETag": tag(CARD_TEXTS[0])}),
+    Case(BASE, 412, None, "GET", (("If-Match", tag(CARD_TEXTS[1])),)),
+    Case(BASE, 206, CARD_TEXTS[0][2:9], "GET", (("Range", "bytes=2-8"),), {"Content-Length": "7"}),
+]
+
 HOSTILE = [  # catalogue 32, 40: what the card says is what a client can fetch
     Case(f"/v1/metadata/hostile/_base/{quote(name, safe='')}", 200, name.encode(), fields={"X-Inj": None})
     for name in SITE["HOSTILE_NAMES"]
@@ -184,8 +198,12 @@ MISSING = [
         "/v1",
         "/v1/metadata",
         "/v1/metadata/",
-        "/v1/metadata/m/_base",  # catalogue 86
+        "/v1/metadata/m",
+        "/v1/metadata/hostile/_base",  # catalogue 86: files and no card
         "/v1/metadata/m/_base/",
+        "/v1/metadata//m/_base",
+        "/v1/metadata/_base",
+        f"{BASE}{digest(CARD_TEXTS[2])}",
         "/v1/metadata/m/_base/secret.txt",  # catalogue 33
         "/v1/metadata/m/_base/unheard-of.txt",
         "/v1/metadata/m/lora-a/digits.txt",
@@ -233,9 +251,9 @@ METHODS = [  # catalogue 59
 ]
 
 # catalogue 83
-OLD = [case._replace(is_old=True) for case in (HITS[0], HITS[1], HITS[2], RANGES[0], MISSING[0])]
+OLD = [case._replace(is_old=True) for case in (HITS[0], HITS[1], HITS[2], CARDS[0], RANGES[0], MISSING[0])]
 
-CASES = [*OLD, *HITS, *HOSTILE, *CONDITIONS, *RANGES, *MISSING, *METHODS]
+CASES = [*OLD, *HITS, *CARDS, *HOSTILE, *CONDITIONS, *RANGES, *MISSING, *METHODS]
 
 
 # ------------------------------------------------------------------ who answers

@@ -58,6 +58,63 @@ def test_files_lists_what_is_served(runtime: Any, model_dir: Any, fetch: Any) ->
     assert model.files == ()
 
 
+def test_card_is_served_as_published(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
+    """The card's own URL answers with the text that was published, from attaching to detaching."""
+    model = LocalModel.load(model_dir(), name="org/M")
+    assert model.card_url is None
+    model.attach(runtime.endpoint("ns.comp.ep"))
+    url = model.card_url
+
+    assert url == f"{runtime.base_url()}/v1/metadata/org_m/_base"
+    assert fetch(url) == (200, model.card.to_json().encode())
+    assert ModelDeploymentCard.from_json(fetch(url)[1]) == spy.card()
+    model.detach()
+    assert model.card_url is None
+    assert fetch(url)[0] == 404
+
+
+@pytest.mark.parametrize("name", ["org/M", "模型"])
+def test_card_of_an_adapter(runtime: Any, model_dir: Any, fetch: Any, name: str) -> None:
+    """Base and adapter have cards under URLs of their own; a slug may be empty."""
+    endpoint = runtime.endpoint("ns.comp.ep")
+    base = LocalModel.load(model_dir(), name=name).attach(endpoint)
+    lora = base.derive_lora("a/b").attach(endpoint)
+
+    found = [ModelDeploymentCard.from_json(fetch(model.card_url)[1]).display_name for model in (base, lora)]
+    assert found == [name, "a/b"]
+    assert lora.card_url == f"{runtime.base_url()}/v1/metadata/a_b/a_b"
+
+
+def test_cards_that_share_a_slug(runtime: Any, model_dir: Any, fetch: Any) -> None:
+    """The oldest of two cards has the plain URL, until it goes; each `card_url` gives its own card."""
+    models = [LocalModel.load(model_dir(), name=name) for name in ("a/b", "a_b")]
+    for number, model in enumerate(models):
+        model.attach(runtime.endpoint(f"ns.comp.ep{number}"))
+
+    urls = [str(model.card_url) for model in models]
+    assert urls[1].startswith(f"{urls[0]}?blake3=")
+    assert [fetch(url)[1].decode() for url in urls] == [model.card.to_json() for model in models]
+    models[0].detach()
+    assert [fetch(url)[1].decode() for url in urls] == [models[1].card.to_json()] * 2
+
+
+def test_no_card_without_self_hosting(runtime: Any, model_dir: Any, fetch: Any) -> None:
+    """A model whose files are not served has no card route either: its card holds local paths."""
+    model = LocalModel.load(model_dir(), name="m", pin=False)
+    model.attach(runtime.endpoint("ns.comp.ep"), self_host_metadata=False)
+
+    assert model.card_url is None
+    assert fetch(f"{runtime.base_url()}/v1/metadata/m/_base")[0] == 404
+    assert runtime.metadata_artifacts.is_empty()
+
+
+def test_model_without_files_has_a_card(runtime: Any, fetch: Any) -> None:
+    """A self-hosted model may consist of its card alone."""
+    with LocalModel(ModelDeploymentCard("m")).attach(runtime.endpoint("ns.comp.ep")) as model:
+        assert fetch(model.card_url) == (200, model.card.to_json().encode())
+    assert runtime.metadata_artifacts.is_empty()
+
+
 @pytest.mark.parametrize("name", ["we?ird#.txt", "100%.txt", "p%41q.txt", "a b.txt", "ünï.txt", "a+b&c=d"])
 def test_odd_file_name(name: str, runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
     """Whatever a file may be called, the URL in the card fetches it."""

@@ -112,13 +112,13 @@ def test_slot_is_not_lost_for_its_name(runtime: Any, spy: Any, model_dir: Any, f
 def test_card_goes_before_the_routes(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
     """When the card is withdrawn its files can still be fetched, and then no more."""
     model = LocalModel.load(model_dir(), name="m").attach(runtime.endpoint("ns.comp.ep"))
-    url, seen = model.files[0].url, []
-    spy.on_call = lambda action, bucket: seen.append((action, bucket.value, fetch(url)[0]))
+    urls, seen = (model.files[0].url, model.card_url), []
+    spy.on_call = lambda action, bucket: seen.append((action, bucket.value, *[fetch(url)[0] for url in urls]))
 
     model.detach()
 
-    assert seen == [("withdraw", "mdc", 200), ("withdraw", "instances", 200)]
-    assert fetch(url)[0] == 404
+    assert seen == [("withdraw", "mdc", 200, 200), ("withdraw", "instances", 200, 200)]
+    assert [fetch(url)[0] for url in urls] == [404, 404]
 
 
 def test_card_comes_after_the_routes(runtime: Any, spy: Any, model_dir: Any, fetch: Any) -> None:
@@ -126,7 +126,7 @@ def test_card_comes_after_the_routes(runtime: Any, spy: Any, model_dir: Any, fet
     model = LocalModel.load(model_dir(), name="m")
     seen: list[tuple[str, int]] = []
     spy.on_call = lambda action, bucket: seen.append(
-        (bucket.value, fetch(f"{runtime.base_url()}/v1/metadata/m/_base/config.json")[0])
+        (bucket.value, fetch(f"{runtime.base_url()}/v1/metadata/m/_base")[0])
     )
     model.attach(runtime.endpoint("ns.comp.ep"))
 

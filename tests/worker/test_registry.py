@@ -272,6 +272,68 @@ def test_held_files_take_no_memory(registry: MetadataArtifactRegistry, make_file
     assert (len(registry), registry.pinned_bytes) == (1, 0)
 
 
+# ------------------------------------------------------------------ cards
+
+
+def test_card_answers_for_its_model(registry: MetadataArtifactRegistry) -> None:
+    """A card stands beside the model's files, under the model's own URL."""
+    files = registry.register("m", "_base", "f", pin_bytes(ONE))
+    card = registry.register_card("m", "_base", '{"名": 1}')
+
+    assert read(registry, "m", "_base", "") == '{"名": 1}'.encode()
+    assert dict(card.targets) == {"": "/v1/metadata/m/_base"}
+    assert registry.lookup("/v1/metadata/m/_base") is card.artifacts[0]
+    assert read(registry, "m", "lora", "") is None
+    card.close()
+    assert read(registry, "m", "_base", "") is None
+    assert read(registry, "m", "_base", "f") == ONE
+    files.close()
+
+
+def test_card_is_no_file(registry: MetadataArtifactRegistry) -> None:
+    """Length, iteration and bytes are those of files; only emptiness and removal see the card."""
+    registry.register_card("m", "_base", "{}")
+    assert (len(registry), list(registry), registry.pinned_bytes) == (0, [], 0)
+    assert not registry.is_empty()
+    registry.register("m", "_base", "f", pin_bytes(ONE))
+
+    assert registry.unregister("m", "_base") == 1
+    assert registry.is_empty()
+
+
+def test_two_cards_of_one_model(registry: MetadataArtifactRegistry) -> None:
+    """The oldest has the plain URL, the other one its digest's; closing removes exactly its own."""
+    one, two = (registry.register_card("m", "_base", text) for text in ("1", "2"))
+    assert two.targets[""] == f"/v1/metadata/m/_base?blake3={digest(b'2')}"
+    assert read(registry, "m", "_base", "") == b"1"
+    one.close()
+
+    assert read(registry, "m", "_base", "") == b"2"
+    assert registry.lookup(two.targets[""]) is registry.lookup("/v1/metadata/m/_base")
+    two.close()
+    assert registry.is_empty()
+
+
+def test_equal_cards_are_counted(registry: MetadataArtifactRegistry) -> None:
+    """Two models with one card share it until both are gone."""
+    one, two = (registry.register_card("", "_base", "same") for _ in range(2))
+    assert one.artifacts == two.artifacts
+    one.close()
+    one.close()
+
+    assert registry.lookup("/v1/metadata//_base") is not None
+    two.close()
+    assert not is_kept(b"same")
+
+
+@pytest.mark.parametrize(("slug", "suffix"), [("a/b", "_base"), ("m", ""), ("m", "..")])
+def test_card_of_an_impossible_key(registry: MetadataArtifactRegistry, slug: str, suffix: str) -> None:
+    """What cannot be part of a URL path is refused for a card as for a file."""
+    with pytest.raises(RegistrationError):
+        registry.register_card(slug, suffix, "{}")
+    assert registry.is_empty()
+
+
 # ------------------------------------------------------------------ names
 
 REFUSED_NAMES = [
@@ -382,20 +444,35 @@ class RegistryMachine(RuleBasedStateMachine):
     )
     def register(self, model: tuple[str, str], files: dict[str, bytes]) -> None:
         """Register a model, whatever is there already."""
-        held = []
-        for name, data in files.items():
-            same_name = self.entries.setdefault((*model, name), [])
-            entry = next((e for e in same_name if e.data == data), None)
-            if entry is None:
-                plain = f"/v1/metadata/{model[0]}/{model[1]}/{name}"
-                entry = Entry(data, f"{plain}?blake3={digest(data)}" if same_name else plain)
-                same_name.append(entry)
-            entry.holders += 1
-            held.append(entry)
+        plain = "/v1/metadata/" + "/".join(model)
+        held = [self.hold((*model, name), data, f"{plain}/{name}") for name, data in files.items()]
         handle = self.registry.register_files(*model, {n: pin_bytes(bytes(d)) for n, d in files.items()})
         assert list(handle.targets.values()) == [entry.target for entry in held]
         self.open.add(len(self.handles))
         self.handles.append((handle, held))
+
+    @rule(
+        model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base")]),
+        data=st.sampled_from([ONE, TWO, THREE]),
+    )
+    def register_card(self, model: tuple[str, str], data: bytes) -> None:
+        """Register a card, whatever is there already."""
+        plain = "/v1/metadata/" + "/".join(model)
+        held = [self.hold((*model, ""), data, plain)]
+        handle = self.registry.register_card(*model, data.decode())
+        assert dict(handle.targets) == {"": held[0].target}
+        self.open.add(len(self.handles))
+        self.handles.append((handle, held))
+
+    def hold(self, key: tuple[str, str, str], data: bytes, plain: str) -> Entry:
+        """Note that one more handle has this content under this key."""
+        same_name = self.entries.setdefault(key, [])
+        entry = next((e for e in same_name if e.data == data), None)
+        if entry is None:
+            entry = Entry(data, f"{plain}?blake3={digest(data)}" if same_name else plain)
+            same_name.append(entry)
+        entry.holders += 1
+        return entry
 
     @precondition(lambda self: self.handles)
     @rule(choice=st.integers(0, 10**6))
@@ -412,11 +489,11 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base"), ("n", "lora")]))
     def unregister(self, model: tuple[str, str]) -> None:
         """Remove a model under its handles."""
-        gone = [entry for key, entries in self.entries.items() if key[:2] == model for entry in entries]
-        for entry in gone:
+        gone = [(key, e) for key, entries in self.entries.items() if key[:2] == model for e in entries]
+        for _, entry in gone:
             entry.holders = 0
         self.forget_unheld()
-        assert self.registry.unregister(*model) == len(gone)
+        assert self.registry.unregister(*model) == len([key for key, _ in gone if key[2]])
 
     def forget_unheld(self) -> None:
         """Drop the entries that nobody holds any more."""
@@ -428,7 +505,7 @@ class RegistryMachine(RuleBasedStateMachine):
         urls: dict[str, bytes] = {}
         for (slug, suffix, name), entries in self.entries.items():
             assert read(self.registry, slug, suffix, name) == entries[0].data
-            urls[f"/v1/metadata/{slug}/{suffix}/{name}"] = entries[0].data
+            urls[f"/v1/metadata/{slug}/{suffix}/{name}".rstrip("/")] = entries[0].data
             for entry in entries:
                 assert read(self.registry, slug, suffix, name, digest(entry.data)) == entry.data
                 urls[entry.target] = entry.data
@@ -436,8 +513,9 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        """Length, iteration and bytes are the model's."""
-        entries = [entry for same_name in self.entries.values() for entry in same_name]
+        """Length, iteration and bytes are the model's, cards left out; nothing is left behind."""
+        entries = [entry for key, same_name in self.entries.items() if key[2] for entry in same_name]
+        assert self.registry.is_empty() == (not self.entries)
         assert len(self.registry) == len(entries)
         assert {a.target for a in self.registry} == {entry.target for entry in entries}
         assert self.registry.pinned_bytes == sum(map(len, {entry.data for entry in entries}))
