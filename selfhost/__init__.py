@@ -6,11 +6,11 @@ Werkzeug for `MetadataApp`, when it is first used. Importing this package does n
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from ._lazy import lazy_names
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # what type checkers take for True; `typing` costs more to load than all of this
 if TYPE_CHECKING:
     from .card.checked_file import CheckedFile as CheckedFile
     from .card.checksum import Checksum as Checksum
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from .card.model_type import WorkerType as WorkerType
     from .card.slug import Slug as Slug
     from .errors import SelfHostError as SelfHostError
+    from .frontend.cache import BlobCache as BlobCache
+    from .frontend.resolver import MetadataResolver as MetadataResolver
+    from .frontend.resolver import ResolvedModel as ResolvedModel
+    from .frontend.transport import FetchLimits as FetchLimits
+    from .frontend.transports import default_transports as default_transports
+    from .frontend.watcher import ModelWatcher as ModelWatcher
     from .settings import Settings as Settings
     from .worker.app import MetadataApp as MetadataApp
     from .worker.local_model import LocalModel as LocalModel
@@ -30,34 +36,30 @@ if TYPE_CHECKING:
     from .worker.server import SystemStatusServer as SystemStatusServer
 
 _HOMES = {
+    "BlobCache": "frontend.cache",
     "CheckedFile": "card.checked_file",
     "Checksum": "card.checksum",
     "DistributedRuntime": "worker.runtime",
+    "FetchLimits": "frontend.transport",
     "LocalModel": "worker.local_model",
     "MetadataApp": "worker.app",
     "MetadataArtifactRegistry": "worker.registry",
+    "MetadataResolver": "frontend.resolver",
     "ModelDeploymentCard": "card.model_card",
     "ModelInput": "card.model_type",
     "ModelType": "card.model_type",
+    "ModelWatcher": "frontend.watcher",
+    "ResolvedModel": "frontend.resolver",
     "SelfHostError": "errors",
     "Settings": "settings",
     "Slug": "card.slug",
     "SystemStatusServer": "worker.server",
     "WorkerType": "card.model_type",
+    "default_transports": "frontend.transports",
     "load_card": "card.model_dir",
     "register_model": "worker.local_model",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -123,6 +123,32 @@ print("werkzeug" in sys.modules, "selfhost.worker.server" in sys.modules)
     assert run(code) == "404\nTrue False"
 
 
+def loaded_by(folder: str) -> set[str]:
+    """Return every module that is loaded by importing all modules of a folder, the app aside."""
+    modules = [name for name in EVERY_MODULE if name.startswith(f"selfhost.{folder}.")]
+    assert modules
+    code = (
+        "import importlib, sys\n[importlib.import_module(name) for name in sys.argv[1:]]\nprint(*sys.modules)"
+    )
+    return set(run(code, *modules).split())
+
+
+def test_frontend_loads_no_worker() -> None:
+    """A gateway loads neither Werkzeug nor anything of the worker, nor a package that is optional."""
+    loaded = loaded_by("frontend")
+
+    assert loaded & {"werkzeug", "markupsafe", "blake3", "huggingface_hub"} == set()
+    assert {name for name in loaded if name.startswith("selfhost.worker")} == set()
+
+
+def test_worker_loads_no_frontend() -> None:
+    """A worker loads nothing of the frontend, and Werkzeug in its app alone."""
+    loaded = loaded_by("worker")
+
+    assert {name for name in loaded if name.startswith("selfhost.frontend")} == set()
+    assert "werkzeug" not in loaded
+
+
 def test_tests_run_on_the_installed_package() -> None:
     """Where the caller says that the package is installed, the checkout does not stand in for it."""
     if os.environ.get("SELFHOST_EXPECT_INSTALLED"):

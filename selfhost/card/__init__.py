@@ -5,9 +5,9 @@ Values only: nothing here opens a socket or starts a thread of its own. The name
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from .._lazy import lazy_names
 
+TYPE_CHECKING = False  # what type checkers take for True; `typing` costs more to load than all of this
 if TYPE_CHECKING:
     from .checked_file import CheckedFile
     from .checksum import Checksum
@@ -25,14 +25,4 @@ _HOMES = {
     "load_card": "model_dir",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
