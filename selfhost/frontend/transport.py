@@ -63,7 +63,7 @@ class FetchLimits:
     """How long one fetch may take and how much it may bring."""
 
     connect_seconds: float = 5.0  # for the connection to one address, and again for its TLS handshake
-    read_seconds: float = 10.0  # of silence, while waiting for the header or between pieces of the body
+    read_seconds: float = 10.0  # for the whole header of an answer, and of silence between pieces of its body
     total_seconds: float = 300.0  # for one request and its whole answer; Dynamo 1.6.1 waits as long
     min_bytes_per_second: int = 1024  # measured over each `read_seconds` of a body: slower is as good as dead
     max_bytes: int = MAX_FILE_BYTES  # whatever the card says; no frontend takes more

@@ -1,0 +1,47 @@
+"""The transports that a resolver has unless it is given others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Optional, Union
+
+from .peer_policy import PeerPolicy, not_link_local
+from .transport import PATH_SCHEME, FetchLimits, Transport
+
+if TYPE_CHECKING:
+    import ssl
+
+_Path = Union[str, "os.PathLike[str]"]
+
+_LIMITS = FetchLimits()
+
+
+def default_transports(
+    *,
+    file_roots: Sequence[_Path] = (),
+    limits: FetchLimits = _LIMITS,
+    peer_policy: PeerPolicy = not_link_local,
+    tls: Optional[ssl.SSLContext] = None,
+    hf_hub_cache: Optional[str] = None,
+    offline: bool = False,
+) -> dict[str, Transport]:
+    """Return a new table of transports by scheme, to which others may be added.
+
+    Plain paths and `file:` URLs are in it only where `file_roots` name the folders that cards may refer to.
+    `offline` keeps `hf:` from the network; the resolver, when it is offline, does not ask http at all.
+    """
+    from .transport_hf import HfTransport
+    from .transport_http import HttpTransport
+
+    http = HttpTransport(limits=limits, peer_policy=peer_policy, tls=tls)
+    table: dict[str, Transport] = {
+        "http": http,
+        "https": http,
+        "hf": HfTransport(hf_hub_cache, network=not offline, limits=limits),
+    }
+    if file_roots:
+        from .transport_file import FileTransport
+
+        table[PATH_SCHEME] = table["file"] = FileTransport(file_roots, limits=limits)
+    return table
