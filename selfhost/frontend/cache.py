@@ -1,0 +1,297 @@
+"""BlobCache: verified files by their digest, and one directory per model, in Dynamo's layout.
+
+    <root>/blobs/<hex>                         the files
+    <root>/by-slug/<slug>/<mdcsum>/<name>      links to them, one directory per model
+    <root>/locks/<hex>, <root>/stamps/<hex>    ours; Dynamo knows nothing of them
+
+Any number of threads and processes of one host, forked ones and real Dynamo frontends among them, may share a
+root at the same time. They may fetch a file twice, never see a torn or wrong one. What makes this so: bytes
+are written under a private name, hashed, brought to the disk and only then renamed; every hit is verified; a
+published blob never changes. Locks only save work. Hosts that share a root over a network file system may,
+too, as far as its renames can be relied on; its locks cannot, which costs duplicate work.
+
+The worst cases: a file that is fetched again though it was there (after a crash, a collection, a wrong
+clock); a disk that is full of temporary files until they are an hour old (killed writers); with
+`verify="stamp"`, bits that rot below the file system are seen by `verify()` or `verify="always"` only.
+
+The cache trusts its own user and root. A root belongs to one user; see folders.py for what is refused.
+No descriptor stays open after a call, but those of a writer, a lock and a hold while they last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Callable, Literal, Optional, Union
+
+from ..card.checksum import Checksum
+from .blob_writer import BlobWriter
+from .blobs import Blobs, Verifier
+from .collect import Collected, collect, reap_some
+from .export import export_files, import_file
+from .folders import BLOBS, OpenRoot, Root, attempt, cannot
+from .inventory import Inventory, take_inventory
+from .locks import Locks
+from .model_dirs import BlobMissing, ModelDirs, ModelKey
+from .roots import choose_root
+from .stamps import Stamps
+
+__all__ = ["BlobCache", "BlobMissing", "BlobWriter", "CacheStats", "CachedModel", "Collected", "ModelKey"]
+
+Path = Union[str, "os.PathLike[str]"]
+
+# How long to wait for another process that fetches the same file, before fetching it as well: a large file
+# over a slow network takes longer, but then a second connection may be the faster one.
+LOCK_SECONDS = 30.0
+
+_COLLECT_LOCK = "collect"  # beside the locks of digests; publishers of models share it
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model's directory; `bytes` counts each blob once, `last_use` is right to the hour (since 1970)."""
+
+    slug: str
+    mdcsum: str
+    path: str
+    files: int
+    bytes: int
+    last_use: float
+
+    @property
+    def key(self) -> ModelKey:
+        """What the cache calls the model by."""
+        return ModelKey(self.slug, self.mdcsum)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache's own root holds; `bytes` is that of all blobs and copies, not of what was left over."""
+
+    blobs: int
+    bytes: int
+    models: int
+    temporary_files: int  # being written now, or left by writers that died
+    set_aside: int  # wrong blobs that were moved out of the way
+
+
+class BlobCache:
+    """The cache in `root`, which is made, with mode 0700, if it is missing, and looked at here and now.
+
+    `root` None stands for DYN_MDC_CACHE or Dynamo's place below HOME; where that cannot be used, for a
+    private temporary root until the process ends, with one warning. A given root that cannot be used is a
+    CacheError. `lower` are caches that are read and never written to. `verify` says what a hit is verified
+    by: stamps, or a full hash "always". `links=False` makes models of copies. `fsync=False` gives up what
+    survives a power cut, nothing else. `clock` is the wall clock, `monotonic` times the waiting; all are in
+    seconds.
+    """
+
+    def __init__(
+        self,
+        root: Optional[Path] = None,
+        *,
+        lower: Sequence[Path] = (),
+        verify: Literal["stamp", "always"] = "stamp",
+        links: bool = True,
+        fsync: bool = True,
+        lock_seconds: float = LOCK_SECONDS,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        if verify not in ("stamp", "always"):
+            raise ValueError(f"verify={verify!r}: expected 'stamp' or 'always'")
+        self._root, found = choose_root(None if root is None else os.fspath(root), fsync=fsync)
+        lowers = [*(Root(os.fspath(path), is_lower=True) for path in lower), *found]
+        self._stamps = Stamps()
+        verifier = Verifier(self._stamps, always=verify == "always", clock=clock)
+        self._layers = [Blobs(layer, verifier) for layer in (self._root, *lowers)]
+        self._locks = Locks(self._root, seconds=lock_seconds, clock=monotonic, sleep=sleep)
+        self._models = ModelDirs(self._root, self._layers, verifier, links=links, clock=clock)
+        self._clock = clock
+        self._has_reaped = False
+
+    @property
+    def root(self) -> str:
+        """The absolute path of the root."""
+        return self._root.path
+
+    # -------------------------------------------------------------- blobs
+
+    def find(self, checksum: Checksum) -> Optional[str]:
+        """Return the path of the verified blob, here or in a lower cache; None for a miss.
+
+        A wrong one that is here is set aside. Raises CacheError if nobody can tell.
+        """
+        path = self._layers[0].path_of(checksum.hex)
+        try:
+            with contextlib.ExitStack() as stack:
+                own = self._open_for_reading(stack)
+                for layer in self._layers:
+                    if layer.has(checksum.hex, own):
+                        return layer.path_of(checksum.hex)
+        except OSError as err:
+            raise cannot("look for the blob", path, err) from err
+        return None
+
+    def _open_for_reading(self, stack: contextlib.ExitStack) -> Optional[OpenRoot]:
+        try:
+            return stack.enter_context(self._root.open())
+        except FileNotFoundError:  # somebody removed it all; the next writer makes it again
+            return None
+
+    def write(self, checksum: Checksum, size: Optional[int] = None) -> BlobWriter:
+        """Return a writer for this blob, to be used in a `with`: what it does not publish is gone after it.
+
+        `size` is what the card says, in bytes; it decides nothing.
+        """
+        del size  # nothing is reserved, see blob_writer.py; the transport stops at the cap
+        return BlobWriter(
+            checksum,
+            blobs=self._layers[0],
+            stamps=self._stamps,
+            open_root=self._open_for_writing,
+            fsync=self._root.fsync,
+        )
+
+    def _open_for_writing(self) -> OpenRoot:
+        opened = self._root.open(make=True)
+        try:
+            opened[BLOBS]
+            if not self._has_reaped:
+                self._has_reaped = True
+                reap_some(opened, self._clock())
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def lock(self, checksum: Checksum) -> contextlib.AbstractContextManager[bool]:
+        """Keep other threads and processes from fetching the same blob, for the time of a `with`.
+
+        True: granted; look again whether the blob is there now. False: there are no locks here, or
+        `lock_seconds` passed in vain (a warning); go on without it.
+        """
+        return self._locks.hold(checksum.hex)
+
+    def import_blob(self, path: Path, checksum: Checksum) -> str:
+        """Copy a local file into the cache, if it is the right one, and return the blob's path.
+
+        Raises VerificationError if it is not, CacheError if it cannot be read or kept. A blob that no model
+        refers to within the hour is garbage: resolve the card next.
+        """
+        with self.write(checksum) as writer:
+            return import_file(os.fspath(path), writer)
+
+    def verify(self) -> list[Checksum]:
+        """Hash every blob of the own root again; set aside those that are wrong, and return them."""
+        wrong = []
+        with attempt("verify the cache", self.root), self._root.open() as own:
+            folder = own.get(BLOBS)
+            for hex in sorted(take_inventory(own).blobs):
+                if folder is not None and not self._layers[0].rehash(hex, folder, own):
+                    wrong.append(Checksum(hex))
+        return wrong
+
+    # -------------------------------------------------------------- models
+
+    def find_model(self, model: ModelKey, files: Mapping[str, Checksum]) -> Optional[str]:
+        """Return the directory in which each of these names is a verified file of that digest, else None.
+
+        Counts as a use of the model. Raises CardError for a name that cannot be one.
+        """
+        return self._models.find(model, files)
+
+    def publish_model(self, model: ModelKey, files: Mapping[str, Checksum]) -> str:
+        """Make the model's directory, which appears with all of its names, and return its path.
+
+        Raises BlobMissing (fetch again) if a blob is not there, CacheError if the directory has another blob
+        under one of the names or the disk refuses, CardError for a name or a key that cannot be one.
+        """
+        with self._locks.hold(_COLLECT_LOCK, shared=True):
+            return self._models.publish(model, files)
+
+    def hold(self, model_dir: str) -> contextlib.AbstractContextManager[None]:
+        """Keep garbage collection, of any process, away from a model's files for the time of a `with`.
+
+        Raises CacheError if the directory is gone. Costs a descriptor, which a forked child shares.
+        """
+        return self._models.hold(model_dir)
+
+    def export_model(self, files: Mapping[str, Checksum], directory: Path) -> None:
+        """Copy these files, verified while they are copied, into a plain directory.
+
+        A new directory appears with all of them. In one that exists, files that are there already must be the
+        same (else CacheError, and nothing is changed); the others are added when all are copied. Modes are
+        those of the umask. Raises BlobMissing if the cache does not have a file.
+        """
+        with attempt("read the cache", self.root), self._root.open() as own:
+            export_files(os.fspath(directory), files, layers=self._layers, own=own)
+
+    # -------------------------------------------------------------- housekeeping
+
+    def stats(self) -> CacheStats:
+        """Count what is in the own root."""
+        found = self._inventory()
+        sizes = sum(blob.bytes for blob in found.blobs.values())
+        return CacheStats(
+            blobs=len(found.blobs),
+            bytes=sizes + sum(model.copied_bytes for model in found.models),
+            models=len(found.models),
+            temporary_files=len(found.leftovers),
+            set_aside=len(found.set_aside),
+        )
+
+    def models(self) -> list[CachedModel]:
+        """Return the models of the own root, least recently used first."""
+        found = self._inventory()
+        models = [
+            CachedModel(
+                *model.key,
+                path=f"{self.root}/{model.parent}/{model.key.mdcsum}",
+                files=model.names,
+                bytes=model.copied_bytes
+                + sum(found.blobs[hex].bytes for hex in model.links if hex in found.blobs),
+                last_use=model.used,
+            )
+            for model in found.models
+        ]
+        return sorted(models, key=lambda model: (model.last_use, model.key))
+
+    def _inventory(self) -> Inventory:
+        with attempt("look at the cache", self.root), contextlib.ExitStack() as stack:
+            own = self._open_for_reading(stack)
+            return Inventory() if own is None else take_inventory(own)
+
+    def collect(
+        self,
+        *,
+        max_bytes: Optional[int] = None,
+        max_age_seconds: Optional[float] = None,
+        keep: Iterable[ModelKey] = (),
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove models until at most `max_bytes` stay, and those not used for `max_age_seconds`.
+
+        The least recently used go first; never one that is in `keep`, held, or was used within two hours.
+        Blobs that no model refers to, temporary files and what was set aside go when they are an hour old,
+        without any limit too. `dry_run` tells the same and changes nothing.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attempt("collect garbage in the cache", self.root))
+            if not dry_run:
+                stack.enter_context(self._locks.hold(_COLLECT_LOCK))
+            return collect(
+                stack.enter_context(self._root.open()),
+                now=self._clock(),
+                max_bytes=max_bytes,
+                max_age_seconds=max_age_seconds,
+                keep=keep,
+                dry_run=dry_run,
+            )
+
+    def __repr__(self) -> str:
+        return f"<BlobCache {self.root!r} lower={len(self._layers) - 1}>"

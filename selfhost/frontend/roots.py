@@ -1,0 +1,60 @@
+"""Which root a cache has: the one that is asked for, Dynamo's below HOME, or a private temporary one."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+from typing import Optional
+
+from ..errors import CacheError
+from ..settings import FrontendSettings
+from .folders import Root, attempt
+
+logger = logging.getLogger(__name__)
+
+
+def choose_root(root: Optional[str], *, fsync: bool) -> tuple[Root, list[Root]]:
+    """Return the root to write to, made if it is missing, and what to read from besides.
+
+    None stands for the one of the environment. If that cannot be used, a private temporary root takes its
+    place, with a warning; if it can be read, it is read from. Raises CacheError if a given root is unusable.
+    """
+    if root is not None:
+        return _usable(Root(root, fsync=fsync)), []
+    path = FrontendSettings.from_env().cache_root
+    if path is None:
+        return _temporary("neither DYN_MDC_CACHE nor HOME is set", fsync), []
+    try:
+        usual = _usable(Root(path, fsync=fsync))
+    except CacheError as err:
+        return _temporary(str(err), fsync), []
+    if os.access(path, os.W_OK | os.X_OK):
+        return usual, []
+    return _temporary(f"{path!r} can only be read", fsync), [Root(path, is_lower=True)]
+
+
+def _usable(root: Root) -> Root:
+    """Return the root, opened once to see that it works; making it is left to this, too."""
+    with attempt("use the cache root", root.path), root.open(make=True):
+        return root
+
+
+def _temporary(reason: str, fsync: bool) -> Root:
+    """Make a root for this process alone, which goes when it ends."""
+    import tempfile
+
+    with attempt("make a temporary cache root in", "the folder for temporary files"):
+        path = tempfile.mkdtemp(prefix="selfhost-mdc-")  # mode 0700
+    # Not when the cache object goes: the directories that it returned are still in use then.
+    atexit.register(functools.partial(_remove_tree, path, os.getpid()))
+    logger.warning("the usual cache cannot be used: %s; %r is used until this process ends", reason, path)
+    return Root(path, fsync=fsync)
+
+
+def _remove_tree(path: str, maker: int) -> None:
+    if os.getpid() == maker:  # a forked child uses it, but it is its parent's
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
