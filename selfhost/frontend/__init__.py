@@ -5,21 +5,25 @@ Never loads werkzeug. The names below load on first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from .._lazy import lazy_names
 
+TYPE_CHECKING = False  # what type checkers take for True; `typing` costs more to load than all of this
 if TYPE_CHECKING:
     from .cache import BlobCache
     from .peer_policy import AllowList, not_link_local, same_host
     from .resolver import MetadataResolver, Progress, ResolvedModel
     from .transport import FetchLimits, Sink, Transport
     from .transports import default_transports
+    from .watcher import ModelState, ModelStatus, ModelWatcher
 
 __all__ = [
     "AllowList",
     "BlobCache",
     "FetchLimits",
     "MetadataResolver",
+    "ModelState",
+    "ModelStatus",
+    "ModelWatcher",
     "Progress",
     "ResolvedModel",
     "Sink",
@@ -34,6 +38,9 @@ _HOMES = {
     "BlobCache": "cache",
     "FetchLimits": "transport",
     "MetadataResolver": "resolver",
+    "ModelState": "watcher",
+    "ModelStatus": "watcher",
+    "ModelWatcher": "watcher",
     "Progress": "resolver",
     "ResolvedModel": "resolver",
     "Sink": "transport",
@@ -43,14 +50,4 @@ _HOMES = {
     "same_host": "peer_policy",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,0 +1,211 @@
+"""MetadataResolver: a card with URLs becomes a card whose files are on this disk, verified.
+
+A model that is in the cache is verified by the cache and costs no request. Otherwise the missing files are
+fetched side by side, each digest once, from the card's own URLs and those of its replicas; then the model's
+directory appears, whole. Or there is one error that lists every attempt.
+
+The hash is the authority, and it comes from the card: this gives integrity, not authenticity, and no
+protection from an old card that is played again.
+
+Sharing: any number of threads may use one resolver, any number of processes one cache. A forked child may use
+its parent's resolver; it begins with no failures remembered and connections of its own. Threads live within
+a call of `resolve` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from random import random as random_fraction
+from typing import Callable, Optional
+
+from ..card.checksum import Checksum
+from ..card.model_card import ModelDeploymentCard
+from .cache import BlobCache, BlobMissing
+from .crew import Crew
+from .failures import FailureMemo
+from .fetching import BlobFetcher, Surroundings
+from .limits import ResolverLimits
+from .plans import Plan, Plans, ResolvedModel
+from .progress import Progress, ProgressCallback, ProgressMeter
+from .sources import sources_by_digest
+from .transport import Transport
+from .wanted import WantedBlob
+
+__all__ = ["MetadataResolver", "Progress", "ResolvedModel", "ResolverLimits"]
+
+logger = logging.getLogger(__name__)
+
+_PUBLISH_TRIES = 3  # somebody who collects garbage all the time is to be heard of
+
+
+class MetadataResolver:
+    """Brings the files of cards to this disk; a context manager, see the module's docstring.
+
+    Without a `cache` Dynamo's own place is used, without `transports` http, https and hf are. Transports that
+    are passed in stay the caller's to close. `offline` asks none that `uses_network`; one that does so only
+    at times, as hf, is to be told itself: `default_transports(offline=True)`. `clock` is monotonic (seconds).
+    """
+
+    def __init__(
+        self,
+        cache: Optional[BlobCache] = None,
+        *,
+        transports: Optional[Mapping[str, Transport]] = None,
+        limits: Optional[ResolverLimits] = None,
+        offline: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Optional[Callable[[float], object]] = None,  # None: a wait that ends when the resolve fails
+        random: Callable[[], float] = random_fraction,
+    ) -> None:
+        self.cache = BlobCache() if cache is None else cache
+        self.limits = limits or ResolverLimits()
+        self.offline = offline
+        self._given_transports = transports
+        self._clock = clock
+        self._sleep = sleep
+        self._random = random
+        self._plans = Plans(self.limits)
+        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set up what a forked child must not share with its parent."""
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._own_transports: Optional[dict[str, Transport]] = None
+        self._failures = FailureMemo(
+            first_seconds=self.limits.first_backoff_seconds,
+            max_seconds=self.limits.max_backoff_seconds,
+            clock=self._clock,
+            random=self._random,
+        )
+
+    def resolve(
+        self,
+        card: ModelDeploymentCard,
+        *,
+        replicas: Iterable[ModelDeploymentCard] = (),
+        progress: Optional[ProgressCallback] = None,
+    ) -> ResolvedModel:
+        """Return the card with every file local and verified; fetch what is not in the cache.
+
+        Files of the `replicas` that have the same digest are further sources. Raises CardError if the card
+        asks for what no card may (names, number, bytes), ResolveError if a file is to be had nowhere,
+        CacheError if the cache cannot keep it. Blocks; with all files in the cache for well below 1 ms.
+        """
+        _require_card(card)
+        self._require_usable()
+        plan = self._plans.of(card)
+        local_dir = self.cache.find_model(plan.key, plan.files)
+        if local_dir is not None:
+            return plan.answer(card, local_dir)
+        return self._make(plan, [card, *replicas], progress)
+
+    def forget_failures(self) -> None:
+        """Ask every source again at the next resolve, whatever failed lately."""
+        self._failures.clear()
+
+    def close(self) -> None:
+        """Close what this resolver opened; harmless when repeated."""
+        self._closed = True
+        transports, self._own_transports = self._own_transports, None
+        for transport in _distinct(transports or {}):
+            transport.close()
+
+    def __enter__(self) -> MetadataResolver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "offline" if self.offline else "online"
+        return f"<MetadataResolver {state} cache={self.cache.root!r}>"
+
+    # -------------------------------------------------------------- what is not in the cache
+
+    def _make(
+        self, plan: Plan, cards: list[ModelDeploymentCard], progress: Optional[ProgressCallback]
+    ) -> ResolvedModel:
+        """Fetch what is missing, and let the model's directory appear."""
+        for card in cards:
+            _require_card(card)
+        fetched: set[Checksum] = set()
+        for tries_left in reversed(range(_PUBLISH_TRIES)):
+            fetched |= self._fetch_missing(plan, cards, progress)
+            try:
+                local_dir = self.cache.publish_model(plan.key, plan.files)
+                break
+            except BlobMissing as error:  # it was there, and has been collected since
+                if not tries_left:
+                    raise
+                logger.debug("once more: %s", error)
+        logger.info("resolved %r, %d of %d blobs fetched", plan.name, len(fetched), len(plan.blobs))
+        return plan.answer(cards[0], local_dir, fetched)
+
+    def _fetch_missing(
+        self, plan: Plan, cards: list[ModelDeploymentCard], progress: Optional[ProgressCallback]
+    ) -> set[Checksum]:
+        """Bring the missing blobs into the cache; return the digests of those that came from a source."""
+        missing = [blob for blob in plan.blobs if self.cache.find(blob.checksum) is None]
+        if not missing:
+            return set()
+        stop = threading.Event()
+        sources = sources_by_digest(cards, {blob.checksum for blob in missing})
+        fetcher = BlobFetcher(self._surroundings(), sources, ProgressMeter(missing, progress), stop)
+        crew: Crew[WantedBlob] = Crew(
+            fetcher.fetch,
+            size=self.limits.connections,
+            stagger_seconds=self.limits.stagger_seconds,
+            stop=stop,
+        )
+        crew.run(missing)
+        fetcher.raise_given_up()
+        return fetcher.fetched
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(
+            cache=self.cache,
+            transports=self._transports(),
+            failures=self._failures,
+            limits=self.limits,
+            offline=self.offline,
+            clock=self._clock,
+            sleep=self._sleep,
+            random=self._random,
+        )
+
+    def _transports(self) -> Mapping[str, Transport]:
+        if self._given_transports is not None:
+            return self._given_transports
+        from .transports import default_transports  # http.client and ssl: not for those who only look up
+
+        with self._lock:
+            if self._own_transports is None:
+                self._own_transports = default_transports(limits=self.limits.fetch, offline=self.offline)
+            return self._own_transports
+
+    # -------------------------------------------------------------- what is kept
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("this resolver is closed: make a new MetadataResolver")
+        if self._pid != os.getpid():
+            self._begin()
+
+
+def _require_card(card: object) -> None:
+    if not isinstance(card, ModelDeploymentCard):
+        raise TypeError(
+            f"expected a ModelDeploymentCard, found {type(card).__name__}: "
+            "read the text of a card with ModelDeploymentCard.from_json"
+        )
+
+
+def _distinct(transports: Mapping[str, Transport]) -> list[Transport]:
+    """Return each transport once; one may serve several schemes."""
+    return list({id(transport): transport for transport in transports.values()}.values())
