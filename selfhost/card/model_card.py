@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, Union, cast
 
-from ..errors import CardError
+from ..errors import CardError, shown
 from . import json_text
 from .card_diff import FieldDifference, differences
 from .checked_file import CheckedFile
@@ -97,6 +97,17 @@ class ModelDeploymentCard:
         values, unknown = _CARD.members(json_text.loads(text), "", problems)
         problems.raise_any()
         return cls(unknown=unknown, **values)
+
+    @classmethod
+    def from_record(cls, text: Union[str, bytes]) -> ModelDeploymentCard:
+        """Read the card that a discovery record holds as `card_json`; raise CardError as `from_json` does."""
+        record = json_text.loads(text)
+        card = record.get("card_json") if isinstance(record, dict) else None
+        if not isinstance(card, dict):
+            raise CardError(
+                f"card_json: expected an object, found {shown(card)}", field="card_json", value=card
+            )
+        return cls.from_json(json_text.dumps(card))
 
     def to_json(self) -> str:
         """Return the card as Dynamo writes it, `context_length` being the effective one."""

@@ -369,3 +369,18 @@ def test_the_slot_table_names_fields_of_the_card() -> None:
     document = json.loads(full_card().to_json())
 
     assert [name for name in document if name in {row.name for row in SLOTS}] == [row.name for row in SLOTS]
+
+
+def test_card_in_a_discovery_record() -> None:
+    """The card is read out of the record that carries it, exactly as from its own text."""
+    card = ModelDeploymentCard("m", user_data={"x": 1e-7})
+    record = f'{{"type": "Model", "instance_id": 1, "card_json": {card.to_json()}}}'
+
+    assert ModelDeploymentCard.from_record(record) == card
+
+
+@pytest.mark.parametrize("record", ['{"type": "Model"}', '{"card_json": null}', '{"card_json": "{}"}', "[]"])
+def test_record_without_a_card_is_refused(record: str) -> None:
+    """A record that holds no card says what is missing."""
+    with pytest.raises(CardError, match="card_json: expected an object"):
+        ModelDeploymentCard.from_record(record)
