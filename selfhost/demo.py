@@ -1,41 +1,43 @@
-"""`selfhost demo`: the whole way once, in one process - write a model, serve it, fetch it back, compare.
+"""`selfhost demo`: the whole way once, in one process - write a model, serve it, fetch it as a frontend does.
 
-Prints what happens. Loopback only, a free port, a discovery that nobody else sees.
+Prints what happens. Loopback only, a free port, a discovery that nobody else sees, a cache of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
+import os
 import tempfile
 from collections.abc import Iterator
 
-from .card.checked_file import CheckedFile
-from .card.checksum import Checksum
+from .card.model_card import ModelDeploymentCard
 from .card.model_type import ModelInput, ModelType, WorkerType
 from .demo_model import write_demo_model
-from .errors import SelfHostError, VerificationError
+from .errors import SelfHostError
+from .frontend.cache import BlobCache
+from .frontend.resolver import MetadataResolver
 from .settings import Settings
 from .worker.local_model import register_model
 from .worker.runtime import DistributedRuntime
-from .worker.self_check import fetch
 
 NAME = "selfhost/demo"
-FETCH_SECONDS = 10.0  # for one file
 SETTINGS = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=0, discovery_backend="mem")
 
 
 def run(*, keep: bool) -> None:
-    """Serve the demo model and fetch each file of its card; `keep` leaves the model directory behind.
+    """Serve the demo model, then fetch and verify all files of its card; `keep` leaves the model directory.
 
-    Raises VerificationError or another SelfHostError at the first file that is not as promised; OSError.
+    Raises ResolveError or another SelfHostError if a file is not as promised; OSError.
     """
-    with _directory(keep=keep) as directory:
+    with _directory(keep=keep) as directory, tempfile.TemporaryDirectory(prefix="selfhost-cache-") as root:
         write_demo_model(directory)
         print(f"Wrote a small model to {directory}")
-        _serve_and_fetch(directory)
+        with DistributedRuntime(SETTINGS) as runtime, MetadataResolver(BlobCache(root)) as resolver:
+            card = _serve(runtime, directory)
+            _fetch(resolver, card)
+            _fetch_again(resolver, card)
         model = directory if keep else "DIR"
-        print(f"Every size and checksum is what the card says. Next: selfhost serve {model} --name my/model")
+        print(f"Every checksum is what the card says. Next: selfhost serve {model} --name my/model")
 
 
 @contextlib.contextmanager
@@ -47,39 +49,29 @@ def _directory(*, keep: bool) -> Iterator[str]:
             yield directory
 
 
-def _serve_and_fetch(directory: str) -> None:
-    with DistributedRuntime(SETTINGS) as runtime:
-        model = register_model(
-            ModelInput.Tokens,
-            ModelType.Chat | ModelType.Completions,
-            runtime.endpoint("demo.worker.generate"),
-            directory,
-            NAME,
-            worker_type=WorkerType.Aggregated,
-        )
-        print(f"Serving {NAME} at {runtime.base_url()}; fetching each file back as a frontend would:")
-        for file, _ in model.card.iter_metadata_files():
-            data = fetch_verified(file)
-            print(f"  ok  {len(data):>6} bytes  {file.checksum}  {file.basename}")
+def _serve(runtime: DistributedRuntime, directory: str) -> ModelDeploymentCard:
+    """Register the model; return the card as a frontend reads it."""
+    model = register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        runtime.endpoint("demo.worker.generate"),
+        directory,
+        NAME,
+        worker_type=WorkerType.Aggregated,
+    )
+    print(f"Serving {NAME}, its card at {model.card_url}; fetching as a frontend would:")
+    return ModelDeploymentCard.from_json(model.card.to_json())
 
 
-def fetch_verified(file: CheckedFile) -> bytes:
-    """Fetch a file of known size from its http URL and return its bytes.
+def _fetch(resolver: MetadataResolver, card: ModelDeploymentCard) -> None:
+    resolved = resolver.resolve(card)
+    for file, _ in resolved.card.iter_metadata_files():
+        size = os.stat(file.path).st_size
+        print(f"  ok  {size:>6} bytes  {file.checksum}  {file.basename}")
 
-    Raises VerificationError if they are not the promised ones, SelfHostError if there is no answer at all.
-    """
-    try:
-        status, data = fetch(file.path, (file.size or 0) + 1, FETCH_SECONDS)
-    except (OSError, http.client.HTTPException) as error:
-        raise SelfHostError(f"cannot fetch {file.path}: {type(error).__name__}: {error}") from error
-    actual = Checksum.of(data)
-    if status != 200 or len(data) != file.size or actual != file.checksum:
-        raise VerificationError(
-            f"{file.path}: expected status 200 and {file.size} bytes with {file.checksum}, "
-            f"found status {status} and {len(data)} bytes with {actual}",
-            url=file.path,
-            expected=str(file.checksum),
-            actual=str(actual),
-            size=len(data),
-        )
-    return data
+
+def _fetch_again(resolver: MetadataResolver, card: ModelDeploymentCard) -> None:
+    resolved = resolver.resolve(card)
+    if resolved.fetched:
+        raise SelfHostError(f"these were fetched twice: {', '.join(resolved.fetched)}")
+    print("Resolved once more: all of it was in the cache, and nothing was asked for.")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -124,23 +124,21 @@ print("gone", flush=True)
 """
 
 FRONTEND = """
-import http.client, json, sys
-from urllib.parse import urlsplit
-from selfhost import Checksum, ModelDeploymentCard
+import json, os, sys
+from selfhost import BlobCache, MetadataResolver, ModelDeploymentCard
 from selfhost.discovery import Bucket, FileDiscovery
 
-assert "werkzeug" not in sys.modules
 with FileDiscovery(sys.argv[1], ttl_seconds=float(sys.argv[2])) as store:
-    for key, text in store.records(Bucket.MODELS).items():
-        card = ModelDeploymentCard.from_json(json.dumps(json.loads(text)["card_json"]))
-        for file, _ in card.iter_metadata_files():
-            parts = urlsplit(file.path)
-            connection = http.client.HTTPConnection(parts.netloc, timeout=10)
-            connection.request("GET", parts.path)
-            data = connection.getresponse().read()
-            connection.close()
-            assert Checksum.of(data) == file.checksum and len(data) == file.size, file
-            print(card.display_name, file.basename)
+    records = [json.loads(text) for text in store.records(Bucket.MODELS).values()]
+replicas = {}
+for record in records:
+    card = ModelDeploymentCard.from_json(json.dumps(record["card_json"]))
+    replicas.setdefault(card.display_name, []).append(card)
+with MetadataResolver(BlobCache(sys.argv[3])) as resolver:
+    for name, cards in sorted(replicas.items(), reverse=True):
+        resolved = resolver.resolve(cards[0], replicas=cards[1:])
+        print(name, len(cards), len(resolved.fetched), *sorted(os.listdir(resolved.local_dir)))
+assert not {"werkzeug", "selfhost.worker"} & set(sys.modules)
 """
 
 StartWorker = Callable[..., "subprocess.Popen[str]"]
@@ -185,7 +183,16 @@ def environment(root: Path, **variables: str) -> dict[str, str]:
 def run_frontend(root: Path) -> subprocess.CompletedProcess[str]:
     """Fetch and verify all that the store tells of, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", FRONTEND, str(root / "kv"), str(TTL_SECONDS)],
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-c",
+            FRONTEND,
+            str(root / "kv"),
+            str(TTL_SECONDS),
+            str(root / "cache"),
+        ],
         env=environment(root),
         capture_output=True,
         text=True,
@@ -203,18 +210,37 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Optional[
     return time.monotonic() - started
 
 
+DEMO_NAMES = "chat_template.jinja config.json generation_config.json tokenizer.json tokenizer_config.json"
+NAMES = f"{DEMO_NAMES} we%3Fird%20name.txt"
+
+
 def test_another_process_fetches_every_file(tmp_path: Path, start_worker: StartWorker) -> None:
-    """A process that knows only the store gets every byte that the cards promise."""
+    """A process that knows only the store gets every byte that the cards promise, equal ones once."""
     start_worker()
-
     done = run_frontend(tmp_path)
+    again = run_frontend(tmp_path)
 
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    names = {line.split(" ", 1)[1] for line in lines if line.startswith("org/M ")}
-    assert names > {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert len(names) == 6
-    assert {line.split(" ", 1)[1] for line in lines if line.startswith("adapter ")} == names
+    assert (done.stderr, again.stderr) == ("", "")
+    assert done.stdout.splitlines() == [f"org/M 1 6 {NAMES}", f"adapter 1 0 {NAMES}"]
+    assert again.stdout.splitlines() == [f"org/M 1 0 {NAMES}", f"adapter 1 0 {NAMES}"]
+
+
+def test_command_line_fetches_from_a_worker(tmp_path: Path, model: str, start_worker: StartWorker) -> None:
+    """The URL of a card is enough for `selfhost fetch`, and `selfhost verify` accepts what that leaves."""
+    start_worker()
+    file = cards_in(tmp_path)["org/M"].model_info.file  # type: ignore[union-attr]
+    card_url = file.path.rpartition("/")[0]
+    plain = tmp_path / "plain"
+    for command in (["fetch", card_url, "--to", str(plain), "--cache", str(tmp_path / "c")],
+                    ["verify", card_url, str(plain)]):  # fmt: skip
+        line = [sys.executable, "-X", "dev", "-m", "selfhost", *command]
+        done = subprocess.run(line, env=environment(tmp_path), capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, done.stderr
+
+    assert sorted(path.name for path in plain.iterdir()) == NAMES.split()
+    assert all(
+        (plain / name).read_bytes() == Path(model, unquote(name)).read_bytes() for name in NAMES.split()
+    )
 
 
 def test_worker_that_ends_leaves_nothing(tmp_path: Path, start_worker: StartWorker) -> None:
@@ -242,10 +268,20 @@ def test_killed_worker_expires(tmp_path: Path, start_worker: StartWorker) -> Non
     assert seconds < TTL_SECONDS + 0.5
 
 
+def test_killed_worker_has_replicas(tmp_path: Path, start_worker: StartWorker) -> None:
+    """While a killed worker's records still look live, its model is fetched from the other one, at once."""
+    victim = start_worker()  # catalogue 113
+    start_worker()
+    victim.kill()
+    victim.wait()
+    done = run_frontend(tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"org/M 2 6 {NAMES}", f"adapter 2 0 {NAMES}"]
+
+
 def test_replacement_of_a_killed_worker(tmp_path: Path, start_worker: StartWorker) -> None:
     """A second worker is found beside the dead one's records, which a frontend then no longer sees."""
     start_worker().kill()
     start_worker()
-    assert wait_until(lambda: run_frontend(tmp_path).returncode == 0) is not None
-
-    assert run_frontend(tmp_path).stdout.count("org/M config.json") == 1
+    assert wait_until(lambda: "org/M 1 " in run_frontend(tmp_path).stdout) is not None

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from selfhost.errors import SettingsError
-from selfhost.settings import Settings
+from selfhost.settings import FrontendSettings, Settings
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -124,3 +124,29 @@ def test_given_value_takes_the_place_of_its_variable() -> None:
     settings = Settings.from_env(environ, discovery_backend="mem")
 
     assert (settings.discovery_backend, settings.system_port) == ("mem", 1234)
+
+
+# ------------------------------------------------------------------ a frontend's
+
+
+@pytest.mark.parametrize(
+    ("environ", "cache_root", "hub_cache"),
+    [
+        ({}, None, None),
+        ({"HOME": "/h"}, "/h/.cache/dynamo/mdc", "/h/.cache/huggingface/hub"),
+        ({"HOME": "/h", "HF_HOME": "/hf"}, "/h/.cache/dynamo/mdc", "/hf/hub"),
+        ({"HOME": "/h", "HF_HOME": "/hf", "HF_HUB_CACHE": "/hub"}, "/h/.cache/dynamo/mdc", "/hub"),
+        ({"HOME": "/h", "DYN_MDC_CACHE": "/c"}, "/c", "/h/.cache/huggingface/hub"),
+        ({"HOME": "", "DYN_MDC_CACHE": "", "HF_HOME": "", "HF_HUB_CACHE": ""}, None, None),
+        ({"HOME": "relative"}, None, None),
+        ({"HOME": "/h", "XDG_CACHE_HOME": "/x"}, "/h/.cache/dynamo/mdc", "/h/.cache/huggingface/hub"),
+    ],
+)
+def test_places_of_a_frontend(environ: dict[str, str], cache_root: str, hub_cache: str) -> None:
+    """Dynamo's place below HOME and Hugging Face's; never one that depends on the working directory."""
+    assert FrontendSettings.from_env(environ) == FrontendSettings(cache_root, hub_cache)  # catalogue 139
+
+
+def test_frontend_settings_read_nothing_by_themselves() -> None:
+    """Without from_env no place is known."""
+    assert FrontendSettings() == FrontendSettings(None, None)

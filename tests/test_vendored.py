@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import selfhost
+from selfhost import load_card
+from selfhost.demo_model import write_demo_model
 
 PACKAGE = Path(selfhost.__file__).parent
 WHEELS = ("blake3", "werkzeug", "markupsafe")
@@ -79,11 +81,55 @@ def test_copy_runs_in_isolated_mode(host: Path) -> None:
 
 def test_copy_runs_from_a_zip(host: Path) -> None:
     """The host, packed into a zip, works from there."""
+    pack(host)
+
+    assert run(host, "-m", "host._vendor.selfhost", "demo").stdout.count("  ok ") == 5
+
+
+FRONTEND = """
+import sys
+from host._vendor.selfhost.card.model_card import ModelDeploymentCard
+from host._vendor.selfhost.frontend import BlobCache, MetadataResolver, default_transports
+
+with open(sys.argv[1]) as file:
+    card = ModelDeploymentCard.from_json(file.read())
+transports = default_transports(file_roots=sys.argv[3:])
+with MetadataResolver(BlobCache(sys.argv[2]), transports=transports) as resolver:
+    resolved = resolver.resolve(card)
+    assert resolver.resolve(card).fetched == ()
+print(len(resolved.fetched), resolved.local_dir)
+print({name for name in sys.modules if "selfhost.worker" in name or "selfhost.discovery" in name})
+print({"werkzeug", "selfhost"} & set(sys.modules))
+"""
+OTHER_SIDE = ("worker", "discovery", "cli.py", "demo.py", "demo_model.py", "__main__.py")
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_frontend_alone(host: Path, is_zipped: bool) -> None:
+    """A gateway may copy its side alone, frontend, card and what both use, and needs no wheel but blake3."""
+    model = host.parent / "model"
+    write_demo_model(str(model))
+    (host.parent / "card.json").write_text(load_card(model).to_json())
+    for name in OTHER_SIDE:
+        path = host / "host" / "_vendor" / "selfhost" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (host.parent / "wheels" / "werkzeug").unlink()
+    if is_zipped:
+        pack(host)
+    root = host.parent / "cache"
+    lines = run(
+        host, "-c", FRONTEND, str(host.parent / "card.json"), str(root), str(model)
+    ).stdout.splitlines()
+
+    assert lines[0].startswith(f"5 {root}/by-slug/")
+    assert lines[1:] == ["set()", "set()"]
+
+
+def pack(host: Path) -> None:
+    """Put a zip of the host in the host's place."""
     archive = shutil.make_archive(str(host.parent / "packed"), "zip", host)
     shutil.rmtree(host)
     Path(archive).rename(host)
-
-    assert run(host, "-m", "host._vendor.selfhost", "demo").stdout.count("  ok ") == 5
 
 
 def test_copy_has_every_public_name(host: Path) -> None:

@@ -1,0 +1,111 @@
+"""What the commands share: how one is added to the parser, argument types, and text that a terminal can bear.
+
+Whatever comes from a card, a server or a disk goes through `printable` on its way to a terminal: a name may
+hold control characters, which would move the cursor or forge a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Callable
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Run = Callable[[argparse.Namespace], None]  # does the command; raises what `main` turns into an exit code
+
+
+def add_command(commands: Commands, name: str, run: Run, does: str, epilog: str) -> argparse.ArgumentParser:
+    """Add a command that `run` does; `epilog` holds examples of it."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=does,
+        description=does[0].upper() + does[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done to stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+# ------------------------------------------------------------------ argument types
+
+
+def text(value: str) -> str:
+    """Take a name that JSON can carry: not empty, and no bytes that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
+    if not value:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return value
+
+
+def path(value: str) -> str:
+    """Take a path; the empty one is nearly always a variable that was not set."""
+    if not value:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return value
+
+
+_BYTES = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", 1):
+    _BYTES |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_QUANTITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]{0,3})")
+
+
+def byte_count(value: str) -> int:
+    """Take a size: 2GiB (or 2G), 500MB, 1.5TiB, 4096."""
+    return int(_quantity(value, _BYTES, "a size such as 2GiB, 500MB or 4096"))
+
+
+def seconds(value: str) -> float:
+    """Take an age: 30d, 12h, 90m, 45s, 2w; a number without a unit has none that everybody would guess."""
+    return _quantity(value, _SECONDS, "an age such as 30d, 12h, 90m or 45s")
+
+
+def _quantity(value: str, units: dict[str, int], expected: str) -> float:
+    match = _QUANTITY.fullmatch(value)
+    if match is None or match[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected {expected}")
+    return float(match[1]) * units[match[2].lower()]
+
+
+# ------------------------------------------------------------------ output
+
+
+def printable(value: str) -> str:
+    """Return the text with everything that is no visible character or space written as an escape."""
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+
+
+def human_bytes(count: float) -> str:
+    """Return a size to be read by people: 999 B, 1.2 KiB, 17.0 MiB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    count /= 1024
+    while count >= 1000 and len(units) > 1:
+        count /= 1024
+        units.pop()
+    return f"{count:.1f} {units[-1]}"
+
+
+def print_path(value: str) -> None:
+    """Print a path on stdout as the file system has it, whatever the terminal's encoding is."""
+    flush()
+    sys.stdout.buffer.write(os.fsencode(value) + b"\n")
+
+
+def flush() -> None:
+    """Write out what is on its way to stdout."""
+    if sys.stdout is not None:  # None: the process was started without one
+        sys.stdout.flush()

@@ -1,0 +1,244 @@
+"""`selfhost serve` and `selfhost card`: what they print, and that `serve` leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from selfhost import CheckedFile, Checksum, ModelDeploymentCard, cli, cli_serve
+from selfhost.worker.self_check import fetch
+
+Start = Callable[..., Any]
+TIMEOUT = 10.0  # seconds
+
+
+def records(store: Path) -> list[Path]:
+    """Return every file of a store."""
+    return [path for path in store.rglob("*") if path.is_file()]
+
+
+def card_published(store: Path) -> ModelDeploymentCard:
+    """Return the one card of a store."""
+    (record,) = (store / "v1" / "mdc").iterdir()
+    return ModelDeploymentCard.from_json(json.dumps(json.loads(record.read_text())["card_json"]))
+
+
+# ------------------------------------------------------------------ card
+
+
+def test_card_prints_json(run: Any, model_dir: Path) -> None:
+    """The card goes to stdout as one JSON text, named after the directory."""
+    result = run("card", model_dir)
+
+    card = ModelDeploymentCard.from_json(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (card.display_name, card.source_path) == ("my-model", str(model_dir))
+    assert card.model_info is not None
+    assert card.model_info.file == CheckedFile.from_disk(model_dir / "config.json")
+
+
+def test_card_takes_name_template_and_lora(run: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Name and template are those given; with --lora the card is the adapter's."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    base = ModelDeploymentCard.from_json(
+        run("card", model_dir, "--name", "模型", "--template", template).stdout
+    )
+    lora = ModelDeploymentCard.from_json(run("card", model_dir, "--lora", "ad").stdout)
+
+    assert base.display_name == "模型"
+    assert (str(template), True) in [(file.path, custom) for file, custom in base.iter_metadata_files()]
+    assert (lora.display_name, lora.lora and lora.lora["name"]) == ("ad", "ad")
+
+
+def test_card_is_what_serve_publishes(run: Any, start: Start, model_dir: Path, store: Path) -> None:
+    """Both commands make the same card, but for where the files are."""
+    card = ModelDeploymentCard.from_json(run("card", model_dir).stdout)
+    start("serve", model_dir, "--port", 0).lines_until("Serving ")
+    published = card_published(store)
+
+    assert published.mdcsum == card.mdcsum
+    assert {difference.field.rpartition(".")[2] for difference in card.diff(published)} == {"path"}
+
+
+def test_card_survives_a_reader_that_leaves(start: Start, model_dir: Path, closed_pipe: int) -> None:
+    """A closed pipe ends the command with 1, without a word."""
+    assert start("card", model_dir, stdout=closed_pipe).end() == (1, "")
+
+
+# ------------------------------------------------------------------ serve
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_serve_until_signal(start: Start, model_dir: Path, store: Path, number: signal.Signals) -> None:
+    """It serves what it prints, and a signal ends it with 0, the records withdrawn and the port closed."""
+    serve = start("serve", model_dir, "--name", "a/b", "--port", 0)
+    heading, *rows, fetch_it, last = serve.lines_until("Serving ")
+    files = [row.split() for row in rows]
+    for size, checksum, url in files:
+        status, data = fetch(url, int(size) + 1, TIMEOUT)
+        assert (status, len(data), str(Checksum.of(data))) == (200, int(size), checksum)
+
+    assert heading.split() == ["BYTES", "CHECKSUM", "URL"]
+    assert len({row.index("http://127.0.0.1:") for row in rows}) == 1
+    assert files[0][2].endswith("/v1/metadata/a_b/_base/config.json")
+    assert fetch_it == "Fetch it: selfhost fetch " + files[0][2].rpartition("/")[0]
+    assert f"DYN_FILE_KV={store} " in last
+    assert len(records(store)) == 2
+
+    assert serve.end(number) == (0, "")
+    assert records(store) == []
+    with pytest.raises(ConnectionRefusedError):
+        fetch(files[0][2], 1, TIMEOUT)
+
+
+def test_serve_prints_the_url_of_its_card(start: Start, model_dir: Path, store: Path) -> None:
+    """What is to be fetched is the card that is published; each adapter has its own."""
+    lines = start("serve", model_dir, "--lora", "ad", "--port", 0).lines_until("Serving ")
+    urls = [line.split()[-1] for line in lines if line.startswith("Fetch it: selfhost fetch ")]
+    cards = [ModelDeploymentCard.from_json(fetch(url, 1 << 20, TIMEOUT)[1]) for url in urls]
+
+    assert [card.display_name for card in cards] == ["my-model", "ad"]
+    published = [json.loads(path.read_text())["card_json"] for path in (store / "v1" / "mdc").iterdir()]
+    assert {card.to_json() for card in cards} == {
+        ModelDeploymentCard.from_json(json.dumps(card)).to_json() for card in published
+    }
+
+
+SIGNALS_AT_EVERY_STEP = """
+import os, signal, sys
+from selfhost import cli, cli_serve
+from selfhost.worker.runtime import DistributedRuntime
+
+def signals_first(function):
+    def call(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments, **named)
+    return call
+
+for name in sys.argv[1].split():
+    owner = cli_serve if hasattr(cli_serve, name) else DistributedRuntime
+    setattr(owner, name, signals_first(getattr(owner, name)))
+code = cli.main(sys.argv[2:])
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("step", ["serve_settings", "_load_all", "start", "close"])
+def test_serve_takes_signals_at_any_time(start: Start, model_dir: Path, store: Path, step: str) -> None:
+    """Signals before it is ready are not lost, more of them while it closes change nothing."""
+    serve = start(step, "serve", model_dir, "--port", 0, script=SIGNALS_AT_EVERY_STEP)
+    if step == "close":
+        serve.lines_until("Serving ")
+        serve.process.send_signal(signal.SIGTERM)
+
+    assert serve.end() == (0, "")
+    assert records(store) == []
+
+
+SLOW_LOADING = """
+import sys, time
+from selfhost import cli, cli_serve
+
+def load(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+
+cli_serve._load_all = load
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_loading(start: Start, model_dir: Path, store: Path, number: signal.Signals) -> None:
+    """While a large model is being read, a signal ends the command at once, with nothing published."""
+    serve = start("serve", model_dir, "--port", 0, script=SLOW_LOADING)
+    serve.lines_until("loading")
+
+    assert serve.end(number) == (0, "")
+    assert not store.exists()
+
+
+def test_failed_serve_leaves_signals_alone(tmp_path: Path) -> None:
+    """In a host's process a `serve` that fails leaves handlers and mask as they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+
+    assert cli.main(["serve", str(tmp_path / "missing"), "--port", "0"]) == 1
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(numbers)
+
+
+def test_serve_publishes_adapters(start: Start, model_dir: Path, store: Path) -> None:
+    """Each --lora is one more card with URLs of its own."""
+    serve = start("serve", model_dir, "--lora", "one", "--lora", "two", "--port", 0)
+    rows = [line for line in serve.lines_until("Serving ") if "  blake3:" in line]
+
+    assert {row.split("/")[-2] for row in rows} == {"_base", "one", "two"}
+    assert len(list((store / "v1" / "mdc").iterdir())) == 3
+
+
+def test_serve_flags_win_over_environment(start: Start, model_dir: Path, store: Path, tmp_path: Path) -> None:
+    """Address, store and endpoint are what the flags say, the rest is what the environment says."""
+    flags = ["--advertise", "https://127.0.0.1:9/x", "--discovery", f"file:{tmp_path / 'other'}"]
+    flags += ["--namespace", "n", "--component", "c", "--endpoint", "e"]
+    variables = {"DYN_SYSTEM_PORT": "0", "DYN_SYSTEM_ADVERTISE_URL": "http://a.example"}
+    serve = start("serve", model_dir, *flags, **variables)
+    rows = [line for line in serve.lines_until("Serving ") if "  blake3:" in line]
+
+    assert all("  https://127.0.0.1:9/x/v1/metadata/my-model/_base/" in row for row in rows)
+    assert [path.name[:10] for path in records(tmp_path / "other")] == ["n%2Fc%2Fe%"] * 2
+    assert records(store) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({}, [], ("127.0.0.1", 9090)),
+        ({"DYN_SYSTEM_PORT": "-1"}, [], ("127.0.0.1", 9090)),
+        ({"DYN_SYSTEM_HOST": "0.0.0.0", "DYN_SYSTEM_PORT": "0"}, [], ("0.0.0.0", 0)),
+        ({"DYN_SYSTEM_HOST": "::", "DYN_SYSTEM_PORT": "1"}, ["--host", "h", "--port", "2"], ("h", 2)),
+    ],
+)
+def test_serve_address(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], flags: list[str], expected: tuple[str, int]
+) -> None:
+    """Unless told otherwise it listens on one fixed port of loopback, and it always self-hosts."""
+    for variable in [name for name in os.environ if name.startswith("DYN_")]:
+        monkeypatch.delenv(variable)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    settings = cli_serve.serve_settings(cli.make_parser().parse_args(["serve", "x", *flags]))
+
+    assert (settings.system_host, settings.system_port) == expected
+    assert settings.self_host_metadata
+
+
+def test_serve_with_port_taken(run: Any, model_dir: Path, store: Path) -> None:
+    """A port that is taken is an error of one line, and nothing is published."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("serve", model_dir, "--port", port)
+
+    assert result.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert records(store) == []
+
+
+def test_serve_survives_a_reader_that_leaves(
+    start: Start, model_dir: Path, store: Path, closed_pipe: int
+) -> None:
+    """Nobody to print to: it withdraws, closes and ends with 1."""
+    assert start("serve", model_dir, "--port", 0, stdout=closed_pipe).end() == (1, "")
+    assert records(store) == []
