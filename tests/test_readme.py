@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import pytest
 
 import selfhost
-from selfhost import Settings
+from selfhost import DistributedRuntime, LocalModel, Settings
 from selfhost.demo_model import write_demo_model
 from selfhost.errors import SettingsError
+from selfhost.settings import FrontendSettings
 from selfhost.worker.advertise import AdvertisedAddress
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -59,9 +60,10 @@ def records(store: Path) -> list[Path]:
 
 def test_every_python_block_is_a_sample() -> None:
     """No block of Python goes untested, and each stays short."""
-    assert set(SAMPLES) == {"worker.py", "wsgi.py", "threaded.py"}
+    assert set(SAMPLES) == {"worker.py", "frontend.py", "gateway.py", "wsgi.py", "threaded.py"}
     assert README.count("```python") == len(SAMPLES)
     assert len(SAMPLES["worker.py"].strip().splitlines()) <= 11
+    assert len(SAMPLES["frontend.py"].strip().splitlines()) <= 10
 
 
 def test_worker_sample(folder: Path) -> None:
@@ -73,6 +75,44 @@ def test_worker_sample(folder: Path) -> None:
         "generation_config.json",
     ]  # fmt: skip
     assert records(folder / "kv") == []
+
+
+def test_frontend_sample(folder: Path) -> None:
+    """The frontend takes each file from a worker that lives, keeps it where Dynamo does, then needs none."""
+    settings = Settings(
+        self_host_metadata=True, system_host="127.0.0.1", system_port=0, discovery_backend="mem"
+    )
+    (folder / "cards").mkdir()
+    with DistributedRuntime(settings) as runtime, DistributedRuntime(settings) as dead:
+        for name, worker in (("a", dead), ("b", runtime)):
+            model = LocalModel.load(folder / "my-model", name="my/model").attach(
+                worker.endpoint("ns.comp.ep")
+            )
+            (folder / "cards" / name).write_text(model.card.to_json())
+        dead.close()
+        paths = run(folder, sys.executable, "-X", "dev", "frontend.py")
+    again = run(folder, sys.executable, "-X", "dev", "frontend.py")
+
+    assert (again, len(paths)) == (paths, 5)
+    below = f"{folder}/.cache/dynamo/mdc/by-slug/my_model/"
+    for path in map(Path, paths):
+        assert str(path).startswith(below)
+        assert path.read_bytes() == (folder / "my-model" / path.name).read_bytes()
+
+
+def test_gateway_sample(folder: Path) -> None:
+    """The watcher finds a published model by itself, and says that it is ready."""
+    settings = Settings(True, "127.0.0.1", 0, file_kv=str(folder / "kv"))
+    with DistributedRuntime(settings) as runtime:
+        model = LocalModel.load(folder / "my-model", name="my/model")
+        model.attach(runtime.endpoint("ns.comp.ep"))
+        directory, status = run(folder, sys.executable, "-X", "dev", "gateway.py")
+
+    assert Path(directory).parent.name == "my_model"
+    assert {path.name for path in Path(directory).iterdir()} == {
+        path.name for path in (folder / "my-model").iterdir()
+    }
+    assert status.split() == ["my/model", "ready"]
 
 
 def test_threaded_sample(folder: Path) -> None:
@@ -158,7 +198,7 @@ def wait_for(condition: Callable[[], object]) -> object:
 
 # ------------------------------------------------------------------ settings
 
-ROWS = re.findall(r"^\| `(DYN_\w+)` \| (.*?) \| .*? \| (.*?) ?\|$", README, re.MULTILINE)
+ROWS = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| .*? \| (.*?) ?\|$", README, re.MULTILINE)
 
 
 def test_table_has_every_setting() -> None:
@@ -171,8 +211,10 @@ def test_table_has_every_setting() -> None:
 
     asked: set[str] = set()
     Settings.from_env(Asked())
+    FrontendSettings.from_env(Asked())
+    mentioned = {name for _, default, _ in ROWS for name in re.findall(r"\$(\w+)", default)}
 
-    assert {name for name, _, _ in ROWS} | {"TMPDIR"} == asked
+    assert {name for name, _, _ in ROWS} | mentioned == asked
 
 
 @pytest.mark.parametrize("text", [error.strip("`") for _, _, error in ROWS if error])
@@ -201,4 +243,7 @@ def test_table_has_the_real_defaults() -> None:
     assert defaults["DYN_SYSTEM_HOST"] == settings.system_host
     assert defaults["DYN_DISCOVERY_BACKEND"] == settings.discovery_backend
     assert defaults["DYN_FILE_KV"] == settings.file_kv
+    frontend = FrontendSettings.from_env({"HOME": "/home"})
+    assert defaults["DYN_MDC_CACHE"].replace("$HOME", "/home") == frontend.cache_root
+    assert f"{frontend.hf_hub_cache}`" in defaults["HF_HUB_CACHE"].replace("$HOME", "/home") + "`"
     assert (settings.self_host_metadata, settings.system_port, settings.advertise_url) == (False, None, None)
