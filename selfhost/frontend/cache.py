@@ -24,22 +24,23 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Callable, Literal, Optional, Union
+from typing import TYPE_CHECKING, Callable, Literal, Optional, Union
 
 from ..card.checksum import Checksum
 from .blob_writer import BlobWriter
 from .blobs import Blobs, Verifier
-from .collect import Collected, collect, reap_some
-from .export import export_files, import_file
 from .folders import BLOBS, OpenRoot, Root, attempt, cannot
-from .inventory import Inventory, take_inventory
 from .locks import Locks
 from .model_dirs import BlobMissing, ModelDirs, ModelKey
+from .reap import reap_some
 from .roots import choose_root
 from .stamps import Stamps
 
-__all__ = ["BlobCache", "BlobMissing", "BlobWriter", "CacheStats", "CachedModel", "Collected", "ModelKey"]
+if TYPE_CHECKING:  # what only housekeeping needs is loaded by it
+    from .collect import Collected
+    from .inventory import CachedModel, CacheStats, Inventory
+
+__all__ = ["BlobCache", "BlobMissing", "BlobWriter", "ModelKey"]
 
 Path = Union[str, "os.PathLike[str]"]
 
@@ -48,34 +49,6 @@ Path = Union[str, "os.PathLike[str]"]
 LOCK_SECONDS = 30.0
 
 _COLLECT_LOCK = "collect"  # beside the locks of digests; publishers of models share it
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """A model's directory; `bytes` counts each blob once, `last_use` is right to the hour (since 1970)."""
-
-    slug: str
-    mdcsum: str
-    path: str
-    files: int
-    bytes: int
-    last_use: float
-
-    @property
-    def key(self) -> ModelKey:
-        """What the cache calls the model by."""
-        return ModelKey(self.slug, self.mdcsum)
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache's own root holds; `bytes` is that of all blobs and copies, not of what was left over."""
-
-    blobs: int
-    bytes: int
-    models: int
-    temporary_files: int  # being written now, or left by writers that died
-    set_aside: int  # wrong blobs that were moved out of the way
 
 
 class BlobCache:
@@ -183,6 +156,8 @@ class BlobCache:
         Raises VerificationError if it is not, CacheError if it cannot be read or kept. A blob that no model
         refers to within the hour is garbage: resolve the card next.
         """
+        from .export import import_file
+
         with self.write(checksum) as writer:
             return import_file(os.fspath(path), writer)
 
@@ -191,7 +166,7 @@ class BlobCache:
         wrong = []
         with attempt("verify the cache", self.root), self._root.open() as own:
             folder = own.get(BLOBS)
-            for hex in sorted(take_inventory(own).blobs):
+            for hex in sorted(self._inventory().blobs):
                 if folder is not None and not self._layers[0].rehash(hex, folder, own):
                     wrong.append(Checksum(hex))
         return wrong
@@ -228,6 +203,8 @@ class BlobCache:
         same (else CacheError, and nothing is changed); the others are added when all are copied. Modes are
         those of the umask. Raises BlobMissing if the cache does not have a file.
         """
+        from .export import export_files
+
         with attempt("read the cache", self.root), self._root.open() as own:
             export_files(os.fspath(directory), files, layers=self._layers, own=own)
 
@@ -235,33 +212,19 @@ class BlobCache:
 
     def stats(self) -> CacheStats:
         """Count what is in the own root."""
-        found = self._inventory()
-        sizes = sum(blob.bytes for blob in found.blobs.values())
-        return CacheStats(
-            blobs=len(found.blobs),
-            bytes=sizes + sum(model.copied_bytes for model in found.models),
-            models=len(found.models),
-            temporary_files=len(found.leftovers),
-            set_aside=len(found.set_aside),
-        )
+        from .inventory import stats_of
+
+        return stats_of(self._inventory())
 
     def models(self) -> list[CachedModel]:
         """Return the models of the own root, least recently used first."""
-        found = self._inventory()
-        models = [
-            CachedModel(
-                *model.key,
-                path=f"{self.root}/{model.parent}/{model.key.mdcsum}",
-                files=model.names,
-                bytes=model.copied_bytes
-                + sum(found.blobs[hex].bytes for hex in model.links if hex in found.blobs),
-                last_use=model.used,
-            )
-            for model in found.models
-        ]
-        return sorted(models, key=lambda model: (model.last_use, model.key))
+        from .inventory import models_of
+
+        return models_of(self._inventory(), self.root)
 
     def _inventory(self) -> Inventory:
+        from .inventory import Inventory, take_inventory
+
         with attempt("look at the cache", self.root), contextlib.ExitStack() as stack:
             own = self._open_for_reading(stack)
             return Inventory() if own is None else take_inventory(own)
@@ -280,6 +243,8 @@ class BlobCache:
         Blobs that no model refers to, temporary files and what was set aside go when they are an hour old,
         without any limit too. `dry_run` tells the same and changes nothing.
         """
+        from .collect import collect
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(attempt("collect garbage in the cache", self.root))
             if not dry_run:

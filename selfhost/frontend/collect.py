@@ -19,31 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
-from .folders import BLOBS, READ, STAMPS, Folder, OpenRoot
-from .inventory import BlobFile, Inventory, Leftover, ModelDir, take_inventory
+from .folders import BLOBS, STAMPS, Folder, OpenRoot
+from .inventory import BlobFile, Inventory, ModelDir, take_inventory
 from .model_dirs import USE_SECONDS, ModelKey, remove_folder
-from .names import is_temporary_blob, staged_name
+from .names import staged_name
+from .reap import GRACE_SECONDS, reap
 
 logger = logging.getLogger(__name__)
 
-# What was made or used so recently is never touched: a fetch of many files may take minutes, and a blob is
-# referred to only when the last of them is there. Dynamo gives up a download after 300 s.
-GRACE_SECONDS = 3600.0
 
-# How many names a writer's first look for orphans goes through: some 5 ms. `collect` looks at all.
-_QUICK_LOOK_NAMES = 10_000
-
-
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """What a collection removed, or would remove; `bytes` counts each blob once."""
 
     models: tuple[ModelKey, ...]  # least recently used first
@@ -67,12 +58,12 @@ def collect(
     found = take_inventory(opened)
     if not dry_run:
         _date_what_is_from_the_future(opened, found, now)
-    reaped = [left for left in found.leftovers if _reap(opened, left, now, dry_run)]
+    reaped = [left for left in found.leftovers if reap(opened, left, now, dry_run=dry_run)]
     stale = [blob for blob in found.set_aside if _is_grown(blob, now) and _remove_blob(opened, blob, dry_run)]
     chosen = _choose(opened, found, now, max_bytes, max_age_seconds, set(keep))
     if dry_run:
-        models, left = list(chosen), found.models
-        left = [model for model in left if model not in models]
+        models = list(chosen)
+        left = [model for model in found.models if model not in models]
     else:
         models = [model for model in chosen if _remove_model(opened, model)]
         left = take_inventory(opened).models
@@ -202,46 +193,6 @@ def _remove_blob(opened: OpenRoot, blob: BlobFile, dry_run: bool) -> bool:
     return True
 
 
-def _reap(opened: OpenRoot, left: Leftover, now: float, dry_run: bool = False) -> bool:
-    """Remove what a writer left that died; whether it was that is what comes back."""
-    if now - left.touched < GRACE_SECONDS:
-        return False
-    try:
-        folder = opened[left.parent]
-        if not left.is_folder and _has_writer(folder, left.name):
-            return False
-        if dry_run:
-            return True
-        if left.is_folder:
-            remove_folder(folder, left.name)
-        else:
-            os.unlink(left.name, dir_fd=folder.fd)
-    except OSError as err:
-        logger.debug("cannot reap %r: %s", left, err)
-        return False
-    logger.info("removed %r, which a dead process left", f"{folder.path}/{left.name}")
-    return True
-
-
-def _has_writer(folder: Folder, name: str) -> bool:
-    """Whether somebody is still writing to a temporary file; Dynamo's writers cannot be told, only ours."""
-    try:
-        fd = os.open(name, READ, dir_fd=folder.fd)
-    except FileNotFoundError:
-        raise
-    except OSError:  # no regular file of ours
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks here: its age has to do
-        return False
-    finally:
-        os.close(fd)
-    return False
-
-
 def _date_what_is_from_the_future(opened: OpenRoot, found: Inventory, now: float) -> None:
     """Let what was made under a clock that was ahead grow old from now on."""
     late = [(model.parent, model.key.mdcsum) for model in found.models if model.used > now]
@@ -256,13 +207,3 @@ def _date_what_is_from_the_future(opened: OpenRoot, found: Inventory, now: float
                 status = os.stat(blob.name, dir_fd=folder, follow_symlinks=False)
                 times = (status.st_atime_ns, status.st_mtime_ns)
                 os.utime(blob.name, ns=times, dir_fd=folder, follow_symlinks=False)
-
-
-def reap_some(opened: OpenRoot, now: float) -> None:
-    """Remove orphaned temporary blobs among the first names of the folder; never raises OSError."""
-    with contextlib.suppress(OSError), os.scandir(opened[BLOBS].fd) as entries:
-        for entry in itertools.islice(entries, _QUICK_LOOK_NAMES):
-            if is_temporary_blob(entry.name):
-                with contextlib.suppress(FileNotFoundError):
-                    touched = entry.stat(follow_symlinks=False).st_mtime
-                    _reap(opened, Leftover(BLOBS, entry.name, 0, touched, is_folder=False), now)

@@ -10,20 +10,45 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from .folders import BLOBS, BY_SLUG, Folder, OpenRoot
 from .model_dirs import ModelKey
 from .names import SET_ASIDE, is_hex, is_staged, is_temporary_blob
+from .reap import Leftover
 
 _SLUG = re.compile(r"[a-z0-9_-]+")
 # Whatever root it names: a link that was made where the cache is mounted elsewhere counts here, too.
 _LINK = re.compile(r"(?:.*/)?blobs/([0-9a-f]{64})", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class BlobFile:
+class CachedModel(NamedTuple):
+    """A model's directory; `bytes` counts each blob once, `last_use` is right to the hour (since 1970)."""
+
+    slug: str
+    mdcsum: str
+    path: str
+    files: int
+    bytes: int
+    last_use: float
+
+    @property
+    def key(self) -> ModelKey:
+        """What the cache calls the model by."""
+        return ModelKey(self.slug, self.mdcsum)
+
+
+class CacheStats(NamedTuple):
+    """What a cache's own root holds; `bytes` is that of all blobs and copies, not of what was left over."""
+
+    blobs: int
+    bytes: int
+    models: int
+    temporary_files: int  # being written now, or left by writers that died
+    set_aside: int  # wrong blobs that were moved out of the way
+
+
+class BlobFile(NamedTuple):
     """A file in `blobs`; `since` is when it got its name, by ctime, in seconds since 1970."""
 
     name: str
@@ -31,8 +56,7 @@ class BlobFile:
     since: float
 
 
-@dataclass(frozen=True)
-class ModelDir:
+class ModelDir(NamedTuple):
     """A model's directory. `used` is its mtime: the last use to the hour, in seconds since 1970."""
 
     key: ModelKey
@@ -43,25 +67,36 @@ class ModelDir:
     copied_bytes: int  # of names that are files
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """A temporary file or folder: `parent` is a path below the root, `touched` its mtime."""
-
-    parent: str
-    name: str
-    bytes: int
-    touched: float
-    is_folder: bool
-
-
-@dataclass
 class Inventory:
     """Everything that a scan found."""
 
-    blobs: dict[str, BlobFile] = field(default_factory=dict)  # by hex
-    set_aside: list[BlobFile] = field(default_factory=list)
-    models: list[ModelDir] = field(default_factory=list)
-    leftovers: list[Leftover] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.blobs: dict[str, BlobFile] = {}  # by hex
+        self.set_aside: list[BlobFile] = []
+        self.models: list[ModelDir] = []
+        self.leftovers: list[Leftover] = []
+
+
+def stats_of(found: Inventory) -> CacheStats:
+    """Return what the inventory comes to."""
+    sizes = sum(blob.bytes for blob in found.blobs.values())
+    return CacheStats(
+        blobs=len(found.blobs),
+        bytes=sizes + sum(model.copied_bytes for model in found.models),
+        models=len(found.models),
+        temporary_files=len(found.leftovers),
+        set_aside=len(found.set_aside),
+    )
+
+
+def models_of(found: Inventory, root: str) -> list[CachedModel]:
+    """Return the models of the inventory of `root`, least recently used first."""
+    models = []
+    for model in found.models:
+        linked = sum(found.blobs[hex].bytes for hex in model.links if hex in found.blobs)
+        path = f"{root}/{model.parent}/{model.key.mdcsum}"
+        models.append(CachedModel(*model.key, path, model.names, linked + model.copied_bytes, model.used))
+    return sorted(models, key=lambda model: (model.last_use, model.key))
 
 
 def take_inventory(opened: OpenRoot) -> Inventory:

@@ -19,10 +19,9 @@ MAX_NAME_BYTES = 255  # of one path component, on every file system that matters
 # Separators of any system, control characters (C0, DEL, C1) and halves of surrogate pairs.
 _FORBIDDEN = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # With an extension they are devices, too: what opens `NUL.json` on Windows gets no file.
-_DEVICE = re.compile(
-    r"(?:CON|PRN|AUX|NUL|CLOCK\$|CONIN\$|CONOUT\$|(?:COM|LPT)[0-9\u00b9\u00b2\u00b3])\s*(?:[.:].*)?",
-    re.IGNORECASE | re.DOTALL,
-)
+_DEVICES = frozenset(("CON", "PRN", "AUX", "NUL", "CLOCK$", "CONIN$", "CONOUT$")) | {
+    port + digit for port in ("COM", "LPT") for digit in "0123456789\u00b9\u00b2\u00b3"
+}
 _HEX = re.compile(r"[0-9a-f]{64}")
 _STAGED = re.compile(r"\.tmp\.[0-9]+\.[0-9a-f]{32}")
 _TEMPORARY_BLOB = re.compile(r"[0-9a-f]{64}(?:\.[0-9a-f]+)?\.tmp\..*", re.DOTALL)  # Dynamo's, too
@@ -72,7 +71,7 @@ def _why_refused(text: str) -> Optional[str]:
         return "this system's file names cannot be written so (its encoding is not UTF-8)"
     if size > MAX_NAME_BYTES:
         return f"it has {size} bytes, at most {MAX_NAME_BYTES} are allowed"
-    if _DEVICE.fullmatch(text):
+    if text.partition(".")[0].partition(":")[0].rstrip().upper() in _DEVICES:
         return "it is the name of a device on Windows"
     if _STAGED.fullmatch(text):
         return "the cache calls its own temporary files so"

@@ -29,7 +29,8 @@ from cache_kit import (
 
 from selfhost.card.checksum import hash_file
 from selfhost.errors import CacheError
-from selfhost.frontend.cache import BlobCache, Collected, ModelKey
+from selfhost.frontend.cache import BlobCache, ModelKey
+from selfhost.frontend.collect import Collected
 
 DAY = 24 * HOUR
 NOTHING = Collected(models=(), blobs=0, bytes=0, temporary_files=0, set_aside=0, kept_bytes=0)
@@ -141,7 +142,7 @@ def test_held_stays(four: BlobCache) -> None:
     """Here or in another process; when it is let go, it goes."""
     script = (
         "import sys, time; from selfhost.frontend.cache import BlobCache\n"
-        "with BlobCache(sys.argv[1]).hold(sys.argv[2]): print('held', flush=True); time.sleep(60)"
+        "with BlobCache(sys.argv[1]).hold(sys.argv[2]): print('held', flush=True); time.sleep(10)"
     )
     command = [sys.executable, "-c", script, four.root, str(model_path(four, KEYS[1]))]
     with four.hold(str(model_path(four, KEYS[0]))):

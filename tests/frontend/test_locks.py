@@ -112,7 +112,7 @@ def test_killed_holder_delays_nobody(root: Root) -> None:
     """The kernel gives back what a dead process held. # catalogue 132"""
     script = (
         "import sys, time; from selfhost.frontend.cache import BlobCache, Checksum\n"
-        "with BlobCache(sys.argv[1]).lock(Checksum(sys.argv[2])): print('held', flush=True); time.sleep(60)"
+        "with BlobCache(sys.argv[1]).lock(Checksum(sys.argv[2])): print('held', flush=True); time.sleep(10)"
     )
     command = [sys.executable, "-c", script, root.path, NAME]
     child = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)

@@ -1,0 +1,88 @@
+"""Removing what dead writers left: temporary files and folders, an hour old, to which nobody writes.
+
+Our writers hold a lock on what they write, so none of ours is taken from a living one while locks work. Of
+Dynamo's, which lock nothing, and where there are no locks, age alone has to tell: each write renews it. The
+worst case is a writer that is told that its file is gone, and tries again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+from typing import NamedTuple
+
+from .folders import BLOBS, READ, Folder, OpenRoot
+from .model_dirs import remove_folder
+from .names import is_temporary_blob
+
+logger = logging.getLogger(__name__)
+
+# What was made or used so recently is never touched: a fetch of many files may take minutes, and a blob is
+# referred to only when the last of them is there. Dynamo gives up a download after 300 s.
+GRACE_SECONDS = 3600.0
+
+# How many names a writer's first look goes through: some 6 ms. A collection looks at all.
+_QUICK_LOOK_NAMES = 10_000
+
+
+class Leftover(NamedTuple):
+    """A temporary file or folder: `parent` is a path below the root, `touched` its mtime."""
+
+    parent: str
+    name: str
+    bytes: int
+    touched: float
+    is_folder: bool
+
+
+def reap(opened: OpenRoot, left: Leftover, now: float, *, dry_run: bool = False) -> bool:
+    """Remove what a writer left that died; whether it was that is what comes back."""
+    if now - left.touched < GRACE_SECONDS:
+        return False
+    try:
+        folder = opened[left.parent]
+        if not left.is_folder and _has_writer(folder, left.name):
+            return False
+        if dry_run:
+            return True
+        if left.is_folder:
+            remove_folder(folder, left.name)
+        else:
+            os.unlink(left.name, dir_fd=folder.fd)
+    except OSError as err:
+        logger.debug("cannot reap %r: %s", left, err)
+        return False
+    logger.info("removed %r, which a dead process left", f"{folder.path}/{left.name}")
+    return True
+
+
+def _has_writer(folder: Folder, name: str) -> bool:
+    """Whether somebody holds the lock of a temporary file."""
+    try:
+        fd = os.open(name, READ, dir_fd=folder.fd)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no regular file of ours
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def reap_some(opened: OpenRoot, now: float) -> None:
+    """Remove orphaned temporary blobs among the first names of the folder; never raises OSError."""
+    with contextlib.suppress(OSError), os.scandir(opened[BLOBS].fd) as entries:
+        for entry in itertools.islice(entries, _QUICK_LOOK_NAMES):
+            if is_temporary_blob(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    touched = entry.stat(follow_symlinks=False).st_mtime
+                    reap(opened, Leftover(BLOBS, entry.name, 0, touched, is_folder=False), now)
