@@ -142,13 +142,15 @@ class BlobCache:
             raise
         return opened
 
-    def lock(self, checksum: Checksum) -> contextlib.AbstractContextManager[bool]:
+    def lock(
+        self, checksum: Checksum, *, give_up: Callable[[], bool] = lambda: False
+    ) -> contextlib.AbstractContextManager[bool]:
         """Keep other threads and processes from fetching the same blob, for the time of a `with`.
 
         True: granted; look again whether the blob is there now. False: there are no locks here, or
-        `lock_seconds` passed in vain (a warning); go on without it.
+        `lock_seconds` passed in vain (a warning); go on without it. Or `give_up()` became true meanwhile.
         """
-        return self._locks.hold(checksum.hex)
+        return self._locks.hold(checksum.hex, give_up=give_up)
 
     def import_blob(self, path: Path, checksum: Checksum) -> str:
         """Copy a local file into the cache, if it is the right one, and return the blob's path.

@@ -87,7 +87,9 @@ class BlobFetcher:
         Raises ResolveError if no source gives it; offline that is put off until `raise_given_up`, so that
         one error can name all that is missing.
         """
-        with self._around.cache.lock(blob.checksum):
+        with self._around.cache.lock(blob.checksum, give_up=self._stop.is_set):
+            if self._stop.is_set():
+                raise Stopped
             if self._around.cache.find(blob.checksum) is not None:
                 self._meter.done(blob, blob.size)
                 return

@@ -174,7 +174,8 @@ class OpenRoot:
         if folder is None:
             parent, _, last = name.rpartition("/")
             above = self._get(parent, make=make) if parent else self.root
-            folder = self._folders[name] = above.open(last, make=make, fsync=self.fsync)
+            is_lasting = name not in (LOCKS, STAMPS)  # a cache that lost those is as good as before
+            folder = self._folders[name] = above.open(last, make=make, fsync=self.fsync and is_lasting)
         return folder
 
     def get(self, name: str) -> Optional[Folder]:

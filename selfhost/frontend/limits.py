@@ -14,7 +14,7 @@ class ResolverLimits:
     max_files: int = 1000  # of one card
     max_total_bytes: int = 4 << 30  # of one card, as declared; an unknown size counts as the most it may be
     connections: int = 4  # of one resolve, at most: measured to be best, both on a disk and in memory
-    stagger_seconds: float = 0.02  # until one more connection is used, if files still wait
+    stagger_seconds: float = 0.005  # until one more connection is used, if files still wait
     rounds: int = 3  # so often is one source asked for one file, if what failed may be over soon
     first_pause_seconds: float = 0.1  # before a source is asked again; doubles, with jitter
     max_pause_seconds: float = 5.0  # whatever its Retry-After asks for

@@ -35,6 +35,10 @@ _LONGEST_PAUSE = 0.05
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
+def _never() -> bool:
+    return False
+
+
 class Locks:
     """The locks of one cache. `clock` is monotonic; it and `sleep` are in seconds."""
 
@@ -53,14 +57,17 @@ class Locks:
         self._is_reported = False
 
     @contextlib.contextmanager
-    def hold(self, name: str, *, shared: bool = False) -> Iterator[bool]:
+    def hold(
+        self, name: str, *, shared: bool = False, give_up: Callable[[], bool] = _never
+    ) -> Iterator[bool]:
         """Hold the lock `name` for the time of a `with`; whether it was granted is what comes back.
 
-        False after `seconds` of waiting (with a warning), or at once where the file system has no locks.
+        False after `seconds` of waiting (with a warning), as soon as `give_up()` is true, or at once where
+        the file system has no locks.
         """
         fd = self._open(name)
         try:
-            yield fd is not None and self._wait(fd, name, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield fd is not None and self._wait(fd, name, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, give_up)
         finally:
             if fd is not None:
                 os.close(fd)  # which also unlocks
@@ -73,13 +80,15 @@ class Locks:
             self._report(err)
             return None
 
-    def _wait(self, fd: int, name: str, kind: int) -> bool:
+    def _wait(self, fd: int, name: str, kind: int, give_up: Callable[[], bool]) -> bool:
         try:
-            is_granted = flock(fd, kind, seconds=self.seconds, clock=self._clock, sleep=self._sleep)
+            is_granted = flock(
+                fd, kind, seconds=self.seconds, clock=self._clock, sleep=self._sleep, give_up=give_up
+            )
         except OSError as err:
             self._report(err)
             return False
-        if not is_granted:
+        if not is_granted and not give_up():
             logger.warning(
                 "waited %g s for the lock %r of the cache %r and went on without it",
                 self.seconds,
@@ -104,8 +113,9 @@ def flock(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
+    give_up: Callable[[], bool] = _never,
 ) -> bool:
-    """Lock the descriptor, waiting at most `seconds`; whether that worked is what comes back.
+    """Lock the descriptor, waiting at most `seconds` and until `give_up()`; whether that worked comes back.
 
     `kind` is fcntl.LOCK_SH or LOCK_EX. Raises OSError where there are no locks.
     """
@@ -117,7 +127,7 @@ def flock(
             return True
         except BlockingIOError:
             left = deadline - clock()
-            if left <= 0:
+            if left <= 0 or give_up():
                 return False
             sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Optional
 
 from ..card.checksum import Checksum
 from ..card.model_card import ModelDeploymentCard
@@ -38,7 +39,7 @@ class Plan:
         self.files = wanted.files
         self._names = wanted.names
         self.blobs = wanted.blobs
-        self._answer: ResolvedModel | None = None
+        self._answer: Optional[ResolvedModel] = None
 
     def answer(
         self, card: ModelDeploymentCard, local_dir: str, fetched: Collection[Checksum] = ()

@@ -50,6 +50,19 @@ def root(tmp_path: Path, leaves_nothing: None) -> Root:
     return Root(str(tmp_path / "mdc"))
 
 
+def test_waiting_ends_when_it_is_of_no_use(
+    root: Root, waiting: Waiting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A waiter that is told to give up does so at its next try, without a word."""
+    held = Locks(root, seconds=0)
+    waiter = Locks(root, seconds=3600, clock=waiting.clock, sleep=waiting.sleep)
+
+    with held.hold(NAME), waiter.hold(NAME, give_up=lambda: waiting.now > 0.1) as is_granted:
+        assert not is_granted
+    assert 0.1 < waiting.now < 0.2
+    assert caplog.messages == []
+
+
 def test_lock_is_granted_and_given_back(root: Root) -> None:
     """Whoever comes later gets it too; the file stays."""
     made = Locks(root, seconds=0)

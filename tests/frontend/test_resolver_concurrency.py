@@ -256,6 +256,24 @@ def test_failure_ends_the_pauses_of_the_others(
     assert origins.urls.count(f"{A}/0.json") == 1
 
 
+def test_failure_ends_the_wait_for_a_lock(
+    origins: OriginSimulator, card: ModelDeploymentCard, cache: BlobCache
+) -> None:
+    """A thread that waits for another process's fetch does not hold up the error of another."""
+    first, second = [file.checksum for file, _ in card.iter_metadata_files()][:2]
+    origins.script(f"{A}/1.json", simulator.status(404), times=None)
+    limits = ResolverLimits(connections=2, stagger_seconds=0.0)
+    patient = BlobCache(cache.root, lock_seconds=3600.0)
+
+    resolver = MetadataResolver(patient, transports={"http": origins}, limits=limits)
+    with cache.lock(first), pytest.raises(ResolveError) as caught:
+        resolver.resolve(card)
+
+    assert caught.value.file == "1.json"
+    assert f"{A}/0.json" not in origins.urls
+    assert patient.find(second) is None
+
+
 def test_interrupt_stops_everything(
     make_resolver: MakeResolver, origins: OriginSimulator, card: ModelDeploymentCard, cache: BlobCache
 ) -> None:
