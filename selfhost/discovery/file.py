@@ -187,14 +187,15 @@ class FileDiscovery:
         )
 
     def _scanner(self, bucket: Bucket) -> Scanner:
-        return Scanner(layout.bucket_directory(self.root, bucket), self._expiry, self._is_ours)
+        directory = layout.bucket_directory(self.root, bucket)
+        return Scanner(directory, self._expiry, self._is_ours, monotonic=self._monotonic)
 
     def _snapshot(self, bucket: Bucket, scanner: Scanner) -> dict[RecordKey, str]:
         if self._monotonic() >= self._next_sweep:
             self._sweep()
         errors: list[OSError] = []
         try:
-            scanner.scan()
+            scanner.refresh()
         except OSError as err:
             errors.append(err)
         self._report(f"read the {bucket.value} records", errors)

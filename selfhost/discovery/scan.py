@@ -1,10 +1,15 @@
-"""Reading a bucket's directory again and again, opening only the files that changed."""
+"""Reading a bucket's directory again and again, opening only the files that changed.
+
+Who watches asks often, to be quick, and most often nothing has happened: one look at the directory tells
+whether a name came or went. What that does not tell is found at the next scan of every file, a second later.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import stat
+import time
 from dataclasses import dataclass
 from typing import Callable, Optional
 
@@ -13,6 +18,11 @@ from .base import RecordKey, sorted_by_key
 from .expiry import Expiry
 
 logger = logging.getLogger(__name__)
+
+SCAN_SECONDS = 1.0  # between scans of every file: some are written in place, some grow stale
+# A directory that changed so shortly ago may change again without its modification time showing it: file
+# systems count in ticks of 4 ms, some network ones in 10.
+_TICK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,12 +40,38 @@ class Scanner:
     changes; until then the last usable text under that name counts. What `keep(path)` claims is never stale.
     """
 
-    def __init__(self, directory: str, expiry: Expiry, keep: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        directory: str,
+        expiry: Expiry,
+        keep: Callable[[str], bool],
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._directory = directory
         self._expiry = expiry
         self._keep = keep
+        self._monotonic = monotonic
+        self._stamp: Optional[int] = None  # of the directory as it was scanned; None: scan it again
+        self._next_scan = 0.0
         self._seen: dict[str, _Seen] = {}
         self.last: dict[RecordKey, str] = {}  # what scan() returned last
+
+    def refresh(self) -> dict[RecordKey, str]:
+        """Return the records; scan for them only if a name came or went, or it is time. Raises OSError."""
+        stamp, now = self._directory_stamp(), self._monotonic()
+        if stamp is None or stamp != self._stamp or now >= self._next_scan:
+            self.scan()
+            self._stamp, self._next_scan = stamp, now + SCAN_SECONDS
+        return self.last
+
+    def _directory_stamp(self) -> Optional[int]:
+        """Return when the directory changed last, None if that was too shortly ago to tell it from now."""
+        try:
+            changed = os.stat(self._directory).st_mtime_ns
+        except FileNotFoundError:
+            return None
+        return changed if time.time_ns() - changed > _TICK_SECONDS * 1e9 else None
 
     def scan(self) -> dict[RecordKey, str]:
         """Return the records, sorted by key; none where there is no directory. Raises OSError."""

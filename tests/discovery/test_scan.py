@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selfhost.discovery import Bucket, FileDiscovery, RecordKey, layout
 from selfhost.discovery.expiry import Expiry
-from selfhost.discovery.scan import Scanner
+from selfhost.discovery.scan import SCAN_SECONDS, Scanner
 
 NAME = "ns%2Fcomp%2Fep%2Fab"
 KEY = RecordKey("ns", "comp", "ep", 0xAB)
@@ -126,3 +127,73 @@ def test_missing_directory_has_no_records(tmp_path: Path) -> None:
         assert store.records(Bucket.MODELS) == {}
 
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Scanner, list[str], list[float]]:
+    """Give a scanner, the list of directories that were listed, and its clock."""
+    listed: list[str] = []
+    now = [0.0]
+    scandir = os.scandir
+
+    def list_directory(path: str) -> Any:
+        listed.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", list_directory)
+    expiry = Expiry(3600.0, time.time, time.monotonic)
+    return Scanner(str(tmp_path), expiry, lambda path: False, monotonic=lambda: now[0]), listed, now
+
+
+def set_back(folder: Path, seconds: float) -> None:
+    """Let a directory look as if it had changed last so long ago."""
+    then = time.time() - seconds
+    os.utime(folder, (then, then))
+
+
+def test_directory_at_rest_is_not_listed(counted: Any, tmp_path: Path) -> None:
+    """As long as no name comes or goes, one look at the directory is enough."""
+    scanner, listed, _ = counted
+    (tmp_path / NAME).write_text('{"n":1}')
+    set_back(tmp_path, 60)
+
+    assert [scanner.refresh() for _ in range(3)] == [{KEY: '{"n":1}'}] * 3
+    assert len(listed) == 1
+
+
+def test_new_name_is_seen_at_once(counted: Any, tmp_path: Path) -> None:
+    """A record that comes or goes changes its directory."""
+    scanner, _, _ = counted
+    set_back(tmp_path, 60)
+    assert scanner.refresh() == {}
+    (tmp_path / NAME).write_text('{"n":1}')
+
+    assert scanner.refresh() == {KEY: '{"n":1}'}
+    (tmp_path / NAME).unlink()
+    assert scanner.refresh() == {}
+
+
+def test_file_written_in_place_is_seen_a_second_later(counted: Any, tmp_path: Path) -> None:
+    """What the directory does not show is found by the next scan of every file."""
+    scanner, _, now = counted
+    (tmp_path / NAME).write_text('{"n":1}')
+    set_back(tmp_path, 60)
+    scanner.refresh()
+    (tmp_path / NAME).write_text('{"n":22}')
+
+    assert scanner.refresh() == {KEY: '{"n":1}'}
+    now[0] = SCAN_SECONDS
+    assert scanner.refresh() == {KEY: '{"n":22}'}
+
+
+@pytest.mark.parametrize("seconds_ago", [0.0, -3600.0])
+def test_directory_that_just_changed_is_listed_again(
+    counted: Any, tmp_path: Path, seconds_ago: float
+) -> None:
+    """A second change within one tick of its clock would not show; nor is a time in the future trusted."""
+    scanner, listed, _ = counted
+    for _ in range(3):
+        set_back(tmp_path, seconds_ago)
+        scanner.refresh()
+
+    assert len(listed) == 3
