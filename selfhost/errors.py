@@ -6,13 +6,22 @@ the message says what was attempted, on which thing, what was expected and what 
 
 from __future__ import annotations
 
+import copyreg
+import re
 import reprlib
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 
 class SelfHostError(Exception):
-    """The root of the tree."""
+    """The root of the tree.
+
+    Errors can be copied and pickled, as a pool of processes does with what its workers raise.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with `args` alone, where ours want keywords.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class CardError(SelfHostError, ValueError):
@@ -221,8 +230,22 @@ class ResolveError(SelfHostError):
         self.retry_after = retry_after
 
 
+# ------------------------------------------------------------------ how messages show what they speak of
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_URL_REPR = reprlib.Repr()
+_URL_REPR.maxstring = 250  # the URLs of workers have a query of 72 characters behind the name of the file
+
+_SPECIAL = r"(?:https?|wss?|ftp):"  # URLs of which a backslash ends the host, too (WHATWG URL, 4.4)
+_USERINFO = re.compile(
+    rf"\A([\0-\x20]*{_SPECIAL}[/\\]*)[^/\\?#]*@|\A([\0-\x20]*(?!{_SPECIAL})[a-z][a-z0-9+.-]*:(?://)?)[^/?#]*@",
+    re.IGNORECASE,
+)
+_INVISIBLE_IN_URL = {ord(char): None for char in "\t\r\n"}
+_UNSHOWN = re.compile(
+    r"\A([\0-\x20]*[a-z][a-z0-9+.\t\r\n-]*:[^?#]*)([?#])(?!blake3=[0-9a-f]{64}\Z).*", re.I | re.S
+)
 
 
 def shown(value: object) -> str:
@@ -231,3 +254,24 @@ def shown(value: object) -> str:
         return _REPR.repr(value)
     except ValueError:  # an int of more digits than Python writes
         return f"<a very long {type(value).__name__}>"
+
+
+def without_userinfo(url: str) -> str:
+    """Return a URL without the user name and password in it; a path on a disk as it is."""
+    return _replace_userinfo(url, "")
+
+
+def shown_url(url: str) -> str:
+    """Return a URL or path for an error message: in quotes, bounded, and without what may be a secret.
+
+    A user name and password become `***`, a query or fragment `...`, unless it is one of a worker's own
+    (`?blake3=<hex>`).
+    """
+    return _URL_REPR.repr(_UNSHOWN.sub(r"\1\2...", _replace_userinfo(url, "***@")))
+
+
+def _replace_userinfo(url: str, by: str) -> str:
+    if "@" not in url:
+        return url
+    found, count = _USERINFO.subn(rf"\g<1>\g<2>{by}", url.translate(_INVISIBLE_IN_URL))
+    return found if count else url

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
 from .errors import SettingsError
@@ -57,10 +57,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class FrontendSettings:
-    """What a frontend takes from the environment: places on its own disk."""
+    """What a frontend takes from the environment: places on its own disk.
+
+    A `~` that a variable begins with is HOME, as huggingface_hub has it; without a HOME such a variable is as
+    good as unset. Nothing else is expanded. A relative path is left as it is: a cache or transport
+    takes it from the working directory in which it is made. Set absolute ones.
+    """
 
     cache_root: Optional[str] = None  # DYN_MDC_CACHE, else Dynamo's place below HOME; None: there is no HOME
     hf_hub_cache: Optional[str] = None  # HF_HUB_CACHE, else `hub` in HF_HOME, else below HOME
+    home: str = field(default="", compare=False)  # HOME as it is found, to say why it cannot be used
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> FrontendSettings:
@@ -69,10 +75,20 @@ class FrontendSettings:
         home = env.get("HOME", "")
         below_home = os.path.join(home, ".cache") if os.path.isabs(home) else None
         return cls(
-            cache_root=env.get("DYN_MDC_CACHE") or _join(below_home, "dynamo", "mdc"),
-            hf_hub_cache=env.get("HF_HUB_CACHE")
-            or _join(env.get("HF_HOME") or _join(below_home, "huggingface"), "hub"),
+            cache_root=_place("DYN_MDC_CACHE", env) or _join(below_home, "dynamo", "mdc"),
+            hf_hub_cache=_place("HF_HUB_CACHE", env)
+            or _join(_place("HF_HOME", env) or _join(below_home, "huggingface"), "hub"),
+            home=home,
         )
+
+
+def _place(variable: str, env: Mapping[str, str]) -> Optional[str]:
+    """Return the folder that a variable names, None where it is unset or would need a HOME that is none."""
+    text = env.get(variable, "")
+    if text != "~" and not text.startswith("~/"):
+        return text or None
+    home = env.get("HOME", "")
+    return home.rstrip("/") + text[1:] or "/" if os.path.isabs(home) else None
 
 
 def _join(folder: Optional[str], *parts: str) -> Optional[str]:

@@ -244,6 +244,8 @@ class RudeOrigin:
     def __init__(
         self, files: Mapping[str, bytes], behaviour: str = "well", *, times: Optional[int] = None
     ) -> None:
+        if behaviour not in misbehaviours.ON_ACCEPT and behaviour != misbehaviours.REFUSES:
+            _act_of(behaviour)
         self.files = {f"/{name}": data for name, data in files.items()}
         self.behaviour = behaviour
         self.behaviours: dict[str, str] = {}  # by path, before `behaviour`
@@ -338,9 +340,14 @@ class RudeOrigin:
                 is_rude = self.times is None or len(self.requests) <= self.times
             exchange = Exchange(self, sock, request, number)
             behaviour = self.behaviours.get(request.path, self.behaviour) if is_rude else "well"
-            misbehaviours.ON_REQUEST.get(behaviour, Exchange.answer_well)(exchange)
+            _act_of(behaviour)(exchange)
             if not exchange.keeps_open:
                 return
+
+
+def _act_of(behaviour: str) -> misbehaviours.Misbehaviour:
+    """Return what answers a request in this way; KeyError for a name that nobody has."""
+    return Exchange.answer_well if behaviour == "well" else misbehaviours.ON_REQUEST[behaviour]
 
 
 def _parse(head: str, connection: int) -> Request:

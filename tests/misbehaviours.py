@@ -127,6 +127,15 @@ def dripping_body(x: Exchange) -> None:
 
 
 @rude
+def steady_drip(x: Exchange) -> None:
+    """Send 20 KB a second: not too slow for anybody, and no end in sight."""
+    x.start(length=len(x.body))
+    for at in range(0, len(x.body), 1000):
+        x.send(x.body[at : at + 1000])
+        x.pause(0.05)
+
+
+@rude
 def second_answer_after_the_body(x: Exchange) -> None:
     """Send an answer that nobody asked for, behind the right one: poison for the next request."""
     x.start(length=len(x.body))

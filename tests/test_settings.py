@@ -140,10 +140,22 @@ def test_given_value_takes_the_place_of_its_variable() -> None:
         ({"HOME": "", "DYN_MDC_CACHE": "", "HF_HOME": "", "HF_HUB_CACHE": ""}, None, None),
         ({"HOME": "relative"}, None, None),
         ({"HOME": "/h", "XDG_CACHE_HOME": "/x"}, "/h/.cache/dynamo/mdc", "/h/.cache/huggingface/hub"),
+        ({"HOME": "/h", "DYN_MDC_CACHE": "~/c", "HF_HOME": "~/hf"}, "/h/c", "/h/hf/hub"),
+        ({"HOME": "/h/", "DYN_MDC_CACHE": "~", "HF_HUB_CACHE": "~/hub"}, "/h", "/h/hub"),
+        ({"HOME": "/h", "HF_HUB_CACHE": "~/hub", "HF_HOME": "/hf"}, "/h/.cache/dynamo/mdc", "/h/hub"),
+        ({"HOME": "/", "DYN_MDC_CACHE": "~", "HF_HUB_CACHE": "~//hub"}, "/", "//hub"),
+        ({"DYN_MDC_CACHE": "~/c", "HF_HOME": "~/hf"}, None, None),
+        (
+            {"HOME": "relative", "DYN_MDC_CACHE": "~/c", "HF_HUB_CACHE": "~", "HF_HOME": "/hf"},
+            None,
+            "/hf/hub",
+        ),
+        ({"HOME": "/h", "DYN_MDC_CACHE": "~root/c", "HF_HUB_CACHE": "/a/~/$HOME"}, "~root/c", "/a/~/$HOME"),
+        ({"HOME": "/h", "DYN_MDC_CACHE": "c/d", "HF_HOME": "hf"}, "c/d", "hf/hub"),
     ],
 )
 def test_places_of_a_frontend(environ: dict[str, str], cache_root: str, hub_cache: str) -> None:
-    """Dynamo's place below HOME and Hugging Face's; never one that depends on the working directory."""
+    """Dynamo's place below HOME and Hugging Face's; a `~` at the start of a variable is HOME."""
     assert FrontendSettings.from_env(environ) == FrontendSettings(cache_root, hub_cache)  # catalogue 139
 
 

@@ -88,7 +88,11 @@ class WireServer:
     """
 
     def __init__(
-        self, *answers: Answer, host: str = "127.0.0.1", tls: Optional[ssl.SSLContext] = None
+        self,
+        *answers: Answer,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: Optional[ssl.SSLContext] = None,
     ) -> None:
         self.requests: list[bytes] = []
         self.connections = 0
@@ -98,7 +102,7 @@ class WireServer:
         self._closing = threading.Event()
         self._sockets: list[socket.socket] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
+        self._listener = socket.create_server((host, port), family=family)
         self.port = self._listener.getsockname()[1]
         self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}/f"
         self._threads = [threading.Thread(target=self._accept)]

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Optional, cast
 
 from ..errors import FetchError, FetchTimeout, shown
-from .http_dial import Origin, broken
-from .http_watch import StaleConnection, Watch
+from .http_dial import Origin
+from .http_tls import broken
+from .transport import Watch
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 64 << 10
 _BUFFER_BYTES = 8 << 10  # what http.client reads lines from; larger pieces of a body go past this buffer
 _CODED_PER_BYTE = 8  # a body in chunks of one byte takes six
+PIECE_SECONDS = 0.25  # a piece of a body is handed over by then, however small, once the next bytes come
+
+
+class StaleConnection(FetchError):
+    """A kept connection turned out to be dead before the first byte of an answer; a new one may well work."""
 
 
 class Connection:
@@ -118,13 +124,14 @@ class Answer:
     def pieces(self, buffer: memoryview, *, at_most: int) -> Iterator[memoryview]:
         """Yield the body in pieces, each in `buffer` until the next is asked for; stop at `at_most` bytes.
 
+        A piece fills the buffer, or is what came in PIECE_SECONDS and did not fill it.
         Where the body breaks off, what came of it is yielded before FetchTimeout or FetchError is raised. One
         that merely ends with its connection may be shorter than it should be: the caller counts.
         """
         left = at_most
         while left:
             view = buffer[:left]
-            self._source.begin_piece(len(view))
+            self._source.begin_piece(len(view), came=self._came, may_cut=not self.is_chunked)
             failure = None
             try:
                 self._fill(view)
@@ -133,6 +140,7 @@ class Answer:
             except (OSError, http.client.HTTPException) as err:
                 failure = _error_of(err, self._watch)
                 failure.__cause__ = err
+            is_cut = self._source.end_piece()
             if self._came:
                 yield view[: self._came]
             if failure is not None:
@@ -140,12 +148,15 @@ class Answer:
                     raise failure
                 finally:
                     del failure  # with its traceback, which holds this frame
-            if self._came < len(view):
+            if self._came < len(view) and not is_cut:
                 return
             left -= self._came
 
     def _fill(self, view: memoryview) -> None:
-        """Read until the view is full or the body ends; `_came` says how much came, after an error, too."""
+        """Read until the view is full, the piece is cut or the body ends; `_came` says how much came.
+
+        So it does after an error.
+        """
         self._came = 0
         if self.is_chunked:
             self._fill_from_chunks(view)
@@ -170,6 +181,8 @@ class Answer:
                 raise http.client.IncompleteRead(b"")
             view[self._came : self._came + len(piece)] = piece
             self._came += len(piece)
+            if self._source.cut(self._watch.clock()):
+                return
 
 
 class _Response(http.client.HTTPResponse):
@@ -198,16 +211,40 @@ class _Source(io.RawIOBase):
         self._budget = MAX_HEAD_BYTES
         self._window_ends = watch.clock() + self._limits.read_seconds
         self._window_bytes = 0
+        self._piece_start = 0  # the position
+        self._piece_due = 0.0  # when it is cut
+        self._piece_ended = 0.0
+        self._may_cut = self._is_cut = False
 
     def makefile(self, mode: str) -> _Buffer:
         """Return what http.client takes for the socket's file; closing it leaves the socket alone."""
         return _Buffer(self, _BUFFER_BYTES)
 
-    def begin_piece(self, size: int) -> None:
-        """Get ready for `size` bytes of body. What the caller did meanwhile is not the server's slowness."""
-        self._phase = "body"
-        self._budget = _CODED_PER_BYTE * size + MAX_HEAD_BYTES
-        self._begin_window(self._watch.clock())
+    def begin_piece(self, size: int, *, came: int, may_cut: bool) -> None:
+        """Get ready for `size` bytes of body, after a piece with `came` of them.
+
+        What the caller did since then is not the server's slowness. `may_cut` lets `readinto` end the piece.
+        """
+        now = self._watch.clock()
+        budget = _CODED_PER_BYTE * size + MAX_HEAD_BYTES
+        if self._phase == "body":
+            self._budget = min(budget, self._budget + _CODED_PER_BYTE * came)
+            self._window_ends += now - self._piece_ended
+        else:
+            self._phase, self._budget = "body", budget
+            self._begin_window(now)
+        self._piece_start, self._piece_due = self.position, now + PIECE_SECONDS
+        self._may_cut, self._is_cut = may_cut, False
+
+    def end_piece(self) -> bool:
+        """Tell whether the piece was cut: there may be more."""
+        self._piece_ended = self._watch.clock()
+        return self._is_cut
+
+    def cut(self, now: float) -> bool:
+        """Tell whether the piece has to do with what came of it."""
+        self._is_cut = now >= self._piece_due and self.position > self._piece_start
+        return self._is_cut
 
     def _begin_window(self, now: float) -> None:
         self._window_ends = now + self._limits.read_seconds
@@ -221,12 +258,15 @@ class _Source(io.RawIOBase):
         """Return how many bytes were received, from which the buffer counts back."""
         return self.position
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """Receive what there is, as much as fits."""
+    def readinto(self, buffer: WriteableBuffer) -> Optional[int]:
+        """Receive what there is, as much as fits; None, at which the buffer returns what it has, is a cut."""
         view = cast(memoryview, buffer)
         if self._budget <= 0:
             raise self._too_much()
-        patience = self._patience()
+        now = self._watch.clock()
+        if self._may_cut and self.cut(now):
+            return None
+        patience = self._patience(now)
         if patience != self._timeout:
             self._sock.settimeout(patience)
             self._timeout = patience
@@ -239,9 +279,8 @@ class _Source(io.RawIOBase):
         self._window_bytes += count
         return count
 
-    def _patience(self) -> float:
+    def _patience(self, now: float) -> float:
         """Return how long the next bytes may take (seconds)."""
-        now = self._watch.clock()
         if self._phase == "body" and self._window_bytes >= self._quota:
             if now < self._window_ends:
                 return self._watch.allow(self._limits.read_seconds)

@@ -1,5 +1,8 @@
 """Kept connections: who is done with one leaves it here for whoever asks the same origin next.
 
+Every use closes what has idled for too long, of whichever origin. There is no thread that does so in between:
+what is idle when the last fetch ends, MAX_IDLE connections at most, stays open until the next one or `close`.
+
 Any number of threads; a lock is held for work on a list only. A forked child never uses its parent's
 connections: it drops them, which the parent's peers do not see, and begins with none.
 """
@@ -39,31 +42,32 @@ class Pool:
         """Return the connection to `origin` that was used last and is still good, None if there is none."""
         while True:
             found = self._take_any(origin)
-            if found is None:
-                return None
-            if self._clock() - found.idle_since <= MAX_IDLE_SECONDS and found.is_quiet():
+            if found is None or found.is_quiet():
                 return found
             found.close()
 
     def _take_any(self, origin: Origin) -> Optional[Connection]:
         idle = self._idle()
         with idle.lock:
+            surplus = self._remove_surplus(idle.connections)
             found = next((kept for kept in reversed(idle.connections) if kept.origin == origin), None)
             if found is not None:
                 idle.connections.remove(found)
+        _close_all(surplus)
         return found
 
     def give(self, connection: Connection) -> None:
         """Keep a connection whose last answer was read to its end; close what is too old or too much."""
-        connection.idle_since = now = self._clock()
+        connection.idle_since = self._clock()
         idle = self._idle()
         with idle.lock:
             idle.connections.append(connection)
-            surplus = self._remove_surplus(idle.connections, now)
+            surplus = self._remove_surplus(idle.connections)
         _close_all(surplus)
 
-    def _remove_surplus(self, connections: list[Connection], now: float) -> list[Connection]:
+    def _remove_surplus(self, connections: list[Connection]) -> list[Connection]:
         """Remove and return what is too old or too much, or everything if this pool is closed."""
+        now = self._clock()
         kept: list[Connection] = []
         surplus: list[Connection] = []
         count_by_origin: dict[Origin, int] = {}

@@ -9,8 +9,8 @@ import email.utils
 import re
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
-from ..errors import FetchError, HTTPStatusError, shown
-from .http_watch import Watch
+from ..errors import FetchError, HTTPStatusError, shown, shown_url
+from .transport import Watch
 
 if TYPE_CHECKING:
     from .http_connection import Answer
@@ -95,11 +95,11 @@ def status_error(answer: Answer, watch: Watch, *, now: float) -> FetchError:
     found = f"status {status} {shown(answer.reason)}"
     if 300 <= status < 400 and status != 304:
         location = answer.field("Location")
-        found += f" to {shown(location)} (redirects are not followed)"
+        found += f" to {'nowhere' if location is None else shown_url(location)} (redirects are not followed)"
     elif status == PARTIAL_CONTENT:
         found += " (a part of the file, which nobody asked for)"
     return HTTPStatusError(
-        f"cannot fetch {shown(watch.url)}: expected status 200, found {found}",
+        f"cannot fetch {watch.shown_url}: expected status 200, found {found}",
         url=watch.url,
         status=status,
         is_transient=status in _TRANSIENT,

@@ -7,14 +7,14 @@ may be used by any number of threads at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Optional, Protocol, Union
-from urllib.parse import urlsplit
+from dataclasses import dataclass, fields
+from typing import Callable, Optional, Protocol, Union
 
 from ..card import url as urls
 from ..card.checksum import MAX_FILE_BYTES
-from ..errors import SchemeNotAllowed, shown
+from ..errors import FetchError, FetchTimeout, SchemeNotAllowed, shown, shown_url, without_userinfo
 
 Bytes = Union[bytes, bytearray, memoryview]
 
@@ -44,7 +44,6 @@ class Sink(Protocol):
 class Transport(Protocol):
     """Fetches files by URLs of one kind."""
 
-    uses_network: bool  # such a transport is not asked when the resolver is offline
     may_drift: bool  # bytes behind a URL may change legitimately (a branch of a repository)
 
     def fetch(self, url: str, sink: Sink, *, max_bytes: int) -> None:
@@ -54,35 +53,80 @@ class Transport(Protocol):
         the sink raises passes through.
         """
 
+    def offline(self) -> Optional[Transport]:
+        """Return what of this transport works without a network: itself, a narrower one, or None."""
+
     def close(self) -> None:
         """Give back what is held (connections); harmless when repeated."""
 
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """How long one fetch may take and how much it may bring."""
+    """How long one fetch may take and how much it may bring; every number is above zero, and finite."""
 
-    connect_seconds: float = 5.0  # for the connection to one address, and again for its TLS handshake
+    connect_seconds: float = 5.0  # to a host, whichever of its addresses; and again for the TLS handshake
     read_seconds: float = 10.0  # for the whole header of an answer, and of silence between pieces of its body
     total_seconds: float = 300.0  # for one request and its whole answer; Dynamo 1.6.1 waits as long
     min_bytes_per_second: int = 1024  # measured over each `read_seconds` of a body: slower is as good as dead
     max_bytes: int = MAX_FILE_BYTES  # whatever the card says; no frontend takes more
     max_unsized_bytes: int = 64 << 20  # for a file whose size the card does not tell
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{field.name}: expected a finite number above 0, found {shown(value)}")
+
     def cap(self, size: Optional[int]) -> int:
         """Return how many bytes a file may have of which a card says this size (None: nothing)."""
         return min(self.max_unsized_bytes if size is None else size, self.max_bytes)
 
 
+class Watch:
+    """How long each step of one fetch may still take, and the errors that its steps end with.
+
+    For one thread; `url` and `shown_url` are what may stand in an attribute and in a message.
+    """
+
+    def __init__(self, url: str, limits: FetchLimits, clock: Callable[[], float]) -> None:
+        self.url = without_userinfo(url)
+        self.shown_url = shown_url(url)
+        self.limits = limits
+        self.clock = clock
+        self._ends = clock() + limits.total_seconds
+
+    def allow(self, seconds: float) -> float:
+        """Return how many of `seconds` a step may take; FetchTimeout if the whole fetch has no time left."""
+        left = self._ends - self.clock()
+        if left <= 0:
+            raise self.timeout("total", self.limits.total_seconds, "it was not finished")
+        return min(seconds, left)
+
+    def timeout(self, phase: str, seconds: float, found: str) -> FetchTimeout:
+        """Return the error for a step that got no further in `seconds`, or in what the fetch had left."""
+        if self.clock() >= self._ends:
+            phase, seconds = "total", self.limits.total_seconds
+        message = f"cannot fetch {self.shown_url}: {found} within {seconds:g} s ({phase})"
+        return FetchTimeout(message, url=self.url, seconds=seconds, phase=phase)
+
+    def error(self, why: str, *, is_transient: bool = False) -> FetchError:
+        """Return the error for a step that failed."""
+        message = f"cannot fetch {self.shown_url}: {why}"
+        return FetchError(message, url=self.url, is_transient=is_transient)
+
+
 def scheme_of(location: str) -> str:
-    """Return the scheme of a URL in lower case, PATH_SCHEME for a path on a disk."""
-    return urlsplit(location).scheme if urls.is_url(location) else PATH_SCHEME
+    """Return the scheme of a URL, PATH_SCHEME for a path on a disk; as cards mean it, never raising."""
+    url = urls.parse(location)
+    return PATH_SCHEME if url is None else url.scheme
 
 
 def origin_of(location: str) -> str:
-    """Return what fails as one when it fails: scheme, host and port of a URL, a path itself."""
-    parts = urlsplit(location)
-    return f"{parts.scheme}://{parts.netloc}" if urls.is_url(location) and parts.netloc else location
+    """Return what fails as one when it fails: scheme, host and port of a URL, else the location itself."""
+    url = urls.parse(location)
+    if url is None or not url.host:
+        return location
+    return f"{url.scheme}://{url.host}" + ("" if url.port is None else f":{url.port}")
 
 
 def transport_for(transports: Mapping[str, Transport], location: str) -> Transport:
@@ -93,7 +137,7 @@ def transport_for(transports: Mapping[str, Transport], location: str) -> Transpo
     what = f"the scheme {scheme!r}" if scheme else "a path on a disk"
     allowed = ", ".join(sorted(repr(known) for known in transports if known)) or "none"
     raise SchemeNotAllowed(
-        f"cannot fetch {shown(location)}: {what} is not allowed here (allowed schemes: {allowed})",
-        url=location,
+        f"cannot fetch {shown_url(location)}: {what} is not allowed here (allowed schemes: {allowed})",
+        url=without_userinfo(location),
         scheme=scheme,
     )

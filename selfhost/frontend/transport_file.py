@@ -24,7 +24,7 @@ from typing import Callable, Union
 from urllib.parse import unquote_to_bytes
 
 from ..card import url as urls
-from ..errors import FetchError, FetchTimeout, SettingsError, SizeLimitExceeded, shown
+from ..errors import FetchError, FetchTimeout, SettingsError, SizeLimitExceeded, shown, shown_url
 from .transport import FetchLimits, Sink
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -41,7 +41,6 @@ _LIMITS = FetchLimits()
 class FileTransport:
     """Reads files below `roots`, which are resolved now and once."""
 
-    uses_network = False
     may_drift = False
 
     def __init__(self, roots: Sequence[PathLike], *, limits: FetchLimits = _LIMITS) -> None:
@@ -61,6 +60,10 @@ class FileTransport:
         if root is None:
             raise self._outside(url, real)
         read_file(root, real, sink, url=url, max_bytes=max_bytes, limits=self._limits)
+
+    def offline(self) -> FileTransport:
+        """Return this transport: it needs no network."""
+        return self
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
@@ -142,7 +145,7 @@ def _copy(
         sink.write(buffer[:count])
         if clock() > deadline:
             raise FetchTimeout(
-                f"cannot fetch {shown(url)}: {received} bytes came within the {seconds:g} s that it may take",
+                f"cannot fetch {shown_url(url)}: {received} bytes came within the {seconds:g} s it may take",
                 url=url,
                 seconds=seconds,
                 phase="total",
@@ -208,16 +211,16 @@ def _one_slash(path: str) -> str:
 
 
 def _refusal(url: str, expected: str, found: str) -> FetchError:
-    return FetchError(f"cannot fetch {shown(url)}: expected {expected}, found {found}", url=url)
+    return FetchError(f"cannot fetch {shown_url(url)}: expected {expected}, found {found}", url=url)
 
 
 def _unreadable(url: str, path: str, err: OSError) -> FetchError:
-    return FetchError(f"cannot fetch {shown(url)}: reading {shown(path)}: {err.strerror or err}", url=url)
+    return FetchError(f"cannot fetch {shown_url(url)}: reading {shown(path)}: {err.strerror or err}", url=url)
 
 
 def _too_long(url: str, limit: int, received: int) -> SizeLimitExceeded:
     return SizeLimitExceeded(
-        f"cannot fetch {shown(url)}: expected at most {limit} bytes, found {received} or more",
+        f"cannot fetch {shown_url(url)}: expected at most {limit} bytes, found {received} or more",
         url=url,
         limit=limit,
         received=received,

@@ -1,31 +1,33 @@
-"""HfTransport: `hf://repo[@revision]/file`, out of the local Hugging Face cache or from its hub.
+"""HfTransport: `hf://repo[@revision]/file`, from the Hugging Face hub or its local cache.
 
 `repo` is `name` or `org/name`: of three and more segments the first two are the repo, unless a revision ends
 it before. A revision with slashes is percent-encoded (`refs%2Fpr%2F1`); without one it is `main`.
 
 The local cache is read by its layout, without any package: `models--org--name/refs/<revision>` holds a
 commit, `snapshots/<commit>/<file>` is the file or a link to it, which must stay in that repo's folder.
-What is not there comes from the network by the optional package huggingface_hub, which puts it into the same
-cache. It follows its own rules about endpoints, proxies and retries, and `total_seconds` does not bind it.
+The network is asked by the optional package huggingface_hub, which puts what it brings into the same cache.
+It follows its own rules about endpoints, proxies and retries, and `total_seconds` does not bind it.
 
-A branch moves on, in the hub and in the cache at different times: other bytes than the card's have drifted,
-and a cached `main` hides a newer one. A card that names a commit has neither problem.
 Any number of threads may share a transport.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
+import logging
 import os
 import re
 from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.parse import unquote
 
 from ..card import url as urls
-from ..errors import FetchError, HTTPStatusError, SizeLimitExceeded, shown
+from ..errors import FetchError, HTTPStatusError, SizeLimitExceeded, shown, shown_url
 from ..settings import FrontendSettings
 from .transport import FetchLimits, Sink
 from .transport_file import PathLike, is_below, open_below, read_file
+
+logger = logging.getLogger(__name__)
 
 _FORM = "hf://repo[@revision]/file"
 _MAX_NAME_BYTES = 255  # NAME_MAX
@@ -65,19 +67,37 @@ class HubFile(NamedTuple):
         return file
 
     @property
+    def is_commit(self) -> bool:
+        """Whether the revision is a commit, which always stands for the same bytes."""
+        return _COMMIT.fullmatch(self.revision) is not None
+
+    @property
     def folder(self) -> str:
         """The name of the repo's folder in the cache."""
         return "--".join(("models", *self.repo.split("/")))
 
 
+class _Place(NamedTuple):
+    """A file on this disk: its resolved path, and the folder that the path must not leave."""
+
+    folder: str
+    path: str
+
+
 class HfTransport:
-    """Fetches files of Hugging Face repos, from the local cache first.
+    """Fetches files of Hugging Face repos.
 
     `hub_cache` is the cache's `hub` folder (None: what the environment says now); `network` allows to ask the
     hub; `token` is huggingface_hub's: a text, True for the one that is saved on this machine, False for none.
+
+    A commit never changes: it is looked up in the cache, and the hub is asked for what is not there. A branch
+    or tag moves on, and a cached one may be old: the hub is asked which commit it is now, and a file of that
+    commit is downloaded unless it is cached. Where the hub does not give the file, for whatever reason, it is
+    brought as it was cached; a hub that is silent costs `read_seconds` before that. `network=False` and
+    `offline()` bring what is cached, at once. Either may be what the card was made from, or have drifted from
+    it: the card's checksum tells. A card that names a commit has no such doubt.
     """
 
-    uses_network = False  # the cache needs none, and `network` decides over the rest
     may_drift = True
 
     def __init__(
@@ -97,17 +117,16 @@ class HfTransport:
     def fetch(self, url: str, sink: Sink, *, max_bytes: int) -> None:
         """Bring the file; see Transport.fetch. No partial sink is continued."""
         file = HubFile.parse(url)
-        folder = os.path.realpath(os.path.join(self._hub, file.folder)) if self._hub else None
-        path = _find(folder, file) if folder else None
-        if folder is None or path is None:
-            path = os.path.realpath(self._download(url, file, min(max_bytes, self._limits.max_bytes)))
-            folder = os.path.dirname(path)
-        elif not is_below(path, folder):
-            found = f"found a link to {shown(path)}"
-            raise FetchError(
-                f"cannot fetch {shown(url)}: expected a file in {shown(folder)}, {found}", url=url
-            )
+        folder, path = self._locate(url, file, min(max_bytes, self._limits.max_bytes))
         read_file(folder, path, sink, url=url, max_bytes=max_bytes, limits=self._limits)
+
+    def offline(self) -> HfTransport:
+        """Return a transport that has the same local cache alone."""
+        if not self._network:
+            return self
+        local = copy.copy(self)
+        local._network = False
+        return local
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
@@ -115,21 +134,51 @@ class HfTransport:
     def __repr__(self) -> str:
         return f"<HfTransport hub_cache={self._hub!r} network={self._network}>"
 
-    # -------------------------------------------------------------- from the network
+    # -------------------------------------------------------------- cache and hub
 
-    def _download(self, url: str, file: HubFile, limit: int) -> str:
-        """Have the package bring the file into the cache; return where it is."""
+    def _locate(self, url: str, file: HubFile, limit: int) -> _Place:
+        """Return where the file is on this disk by now; raise FetchError."""
+        cached = self._cached(url, file, file.revision)
+        if cached is not None and (file.is_commit or not self._network):
+            return cached
+        if not self._network:
+            where = f"it is not in the local cache {self._hub!r}" if self._hub else "there is no local cache"
+            raise _failure(url, f"{where}, and the network must not be asked")
+        try:
+            return self._from_hub(url, file, limit)
+        except FetchError as err:
+            if cached is None:
+                raise
+            logger.info("taking %r as it is cached, which may be old: %s", file.revision, err)
+            return cached
+
+    def _cached(self, url: str, file: HubFile, revision: str) -> Optional[_Place]:
+        """Return where the file is in the cache, None where it is not; raise FetchError for a stray link."""
+        if self._hub is None:
+            return None
+        folder = os.path.realpath(os.path.join(self._hub, file.folder))
+        path = _find(folder, revision, file.name)
+        if path is None:
+            return None
+        if not is_below(path, folder):
+            raise _failure(url, f"expected a file in {shown(folder)}, found a link to {shown(path)}")
+        return _Place(folder, path)
+
+    def _from_hub(self, url: str, file: HubFile, limit: int) -> _Place:
+        """Ask the hub what the file is now, and have the package bring it unless it is cached."""
         hub = self._package(url)
         address = _ask(url, hub.hf_hub_url, file.repo, file.name, revision=file.revision)
-        seconds = self._limits.read_seconds
         who: dict[str, Any] = {"token": self._token, "library_name": "selfhost"}
-        found = _ask(url, hub.get_hf_file_metadata, address, timeout=seconds, **who)
-        if found.size is not None and found.size > limit:  # before it fills the disk: the package has no cap
+        seconds = self._limits.read_seconds
+        answer = _ask(url, hub.get_hf_file_metadata, address, timeout=seconds, **who)
+        commit = str(getattr(answer, "commit_hash", None))
+        cached = self._cached(url, file, commit) if _COMMIT.fullmatch(commit) else None
+        if cached is not None:
+            return cached
+        if answer.size is not None and answer.size > limit:  # else it fills the disk: the package has no cap
+            message = f"expected at most {limit} bytes, the hub announces {answer.size}"
             raise SizeLimitExceeded(
-                f"cannot fetch {shown(url)}: expected at most {limit} bytes, the hub announces {found.size}",
-                url=url,
-                limit=limit,
-                received=found.size,
+                f"cannot fetch {shown_url(url)}: {message}", url=url, limit=limit, received=answer.size
             )
         path = _ask(
             url,
@@ -141,34 +190,31 @@ class HfTransport:
             etag_timeout=seconds,
             **who,
         )
-        return str(path)
+        path = os.path.realpath(path)
+        return _Place(os.path.dirname(path), path)
 
     def _package(self, url: str) -> Any:
         """Return the module huggingface_hub, which nothing else here loads."""
-        if not self._network:
-            raise self._missing(url, "the network must not be asked")
         try:
             return importlib.import_module("huggingface_hub")
         except ImportError as err:
-            hint = (
-                f"the optional package huggingface_hub cannot be imported ({err}): pip install 'selfhost[hf]'"
-            )
-            raise self._missing(url, hint) from err
-
-    def _missing(self, url: str, reason: str) -> FetchError:
-        where = f"it is not in the local cache {self._hub!r}" if self._hub else "there is no local cache"
-        return FetchError(f"cannot fetch {shown(url)}: {where}, and {reason}", url=url)
+            where = repr(self._hub) if self._hub else "(there is none)"
+            raise _failure(
+                url,
+                f"what is not in the local cache {where} takes the optional package huggingface_hub, "
+                f"which cannot be imported ({err}): pip install 'selfhost[hf]'",
+            ) from err
 
 
 # ------------------------------------------------------------------ the local cache
 
 
-def _find(folder: str, file: HubFile) -> Optional[str]:
+def _find(folder: str, revision: str, name: str) -> Optional[str]:
     """Return the resolved path of a file in its repo's folder, None where it is not; any doubt is a miss."""
-    commit = file.revision if _COMMIT.fullmatch(file.revision) else _commit_of(folder, file.revision)
+    commit = revision if _COMMIT.fullmatch(revision) else _commit_of(folder, revision)
     if commit is None:
         return None
-    path = os.path.realpath(os.path.join(folder, "snapshots", commit, file.name))
+    path = os.path.realpath(os.path.join(folder, "snapshots", commit, name))
     return path if os.path.exists(path) else None
 
 
@@ -203,7 +249,11 @@ def _is_component(name: str) -> bool:
 
 
 def _malformed(url: str) -> FetchError:
-    return FetchError(f"cannot fetch {shown(url)}: expected {_FORM} with names that the hub allows", url=url)
+    return _failure(url, f"expected {_FORM} with names that the hub allows")
+
+
+def _failure(url: str, reason: str) -> FetchError:
+    return FetchError(f"cannot fetch {shown_url(url)}: {reason}", url=url)
 
 
 # ------------------------------------------------------------------ the package
@@ -216,7 +266,7 @@ def _ask(url: str, function: Callable[..., Any], *arguments: Any, **options: Any
     except Exception as err:  # its errors and those of its HTTP client have no common root
         lines = _QUERY.sub("?...", str(err)).strip().splitlines()
         reason = f"{type(err).__name__} {shown(lines[0]) if lines else ''}".strip()
-        message = f"cannot fetch {shown(url)}: huggingface_hub says {reason}"
+        message = f"cannot fetch {shown_url(url)}: huggingface_hub says {reason}"
         status = getattr(getattr(err, "response", None), "status_code", None)
         if isinstance(status, int):
             transient = status in _TRANSIENT

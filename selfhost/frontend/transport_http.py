@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 from ..card import url as urls
 from ..errors import SizeLimitExceeded, shown
 from . import http_rules as rules
-from .http_dial import Origin, dial, secure, tls_context
+from .http_dial import Origin, dial
 from .http_pool import Pool
-from .http_watch import StaleConnection, Watch
+from .http_tls import secure, tls_context
 from .peer_policy import PeerPolicy, not_link_local
-from .transport import FetchLimits, Sink
+from .transport import FetchLimits, Sink, Watch
 
 if TYPE_CHECKING:
     import ssl
@@ -49,7 +49,6 @@ class HttpTransport:
     monotonic; `wall_clock` is what the dates in Retry-After are compared with.
     """
 
-    uses_network = True
     may_drift = False
 
     def __init__(
@@ -139,6 +138,8 @@ class HttpTransport:
         """Send a request on a kept connection, or on a new one if there is none or it turns out dead."""
         kept = self._pool.take(origin)
         if kept is not None:
+            from .http_connection import StaleConnection
+
             with contextlib.suppress(StaleConnection):
                 return kept, kept.ask(request, watch)
         connection = self._connect(origin, watch)
@@ -165,6 +166,9 @@ class HttpTransport:
         finally:
             if len(self._spare_buffers) < _MAX_SPARE_BUFFERS:
                 self._spare_buffers.append(buffer)
+
+    def offline(self) -> None:
+        """Return None: all of it is network."""
 
     def close(self) -> None:
         """Close the kept connections; those in use are closed when their fetch ends."""
@@ -193,7 +197,7 @@ def _too_large(answer: Answer, limit: int, received: int, watch: Watch) -> SizeL
     kind = answer.field("Content-Type")
     what = "" if kind is None else f" of type {shown(kind)}"
     return SizeLimitExceeded(
-        f"cannot fetch {shown(watch.url)}: expected at most {limit} bytes, found {received} or more{what}",
+        f"cannot fetch {watch.shown_url}: expected at most {limit} bytes, found {received} or more{what}",
         url=watch.url,
         limit=limit,
         received=received,

@@ -65,6 +65,7 @@ WRONG = Fails(VerificationError)
 TOO_LARGE = Fails(SizeLimitExceeded)
 SILENT = Fails(FetchTimeout, {"phase": "headers", "seconds": 0.3})
 SLOW = Fails(FetchTimeout, {"phase": "body", "seconds": 0.3})
+TOO_LONG = Fails(FetchTimeout, {"phase": "total", "seconds": 2.0})  # the one large file; small ones arrive
 
 EXPECTED: dict[str, Optional[Fails]] = {
     # bodies: catalogue 1, 2, 4, 123
@@ -85,6 +86,7 @@ EXPECTED: dict[str, Optional[Fails]] = {
     "slow_loris_header": SILENT,
     "stalled_in_body": SLOW,
     "dripping_body": SLOW,
+    "steady_drip": TOO_LONG,
     # Content-Length
     "length_short": WRONG,
     "length_long": TOO_LARGE,
@@ -220,6 +222,12 @@ def assert_clean(cache: BlobCache, *, models: int) -> None:
     assert bool(found["by-slug"]) == bool(models)
     assert len(cache.models()) == models
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("selfhost")]
+
+
+def test_mistyped_misbehaviour_is_none() -> None:
+    """A name that nobody has is an error, not a decent server."""
+    with pytest.raises(KeyError):
+        RudeOrigin({}, "dripping_boddy")
 
 
 def test_every_misbehaviour_has_its_outcome() -> None:
@@ -494,6 +502,28 @@ def test_memory_is_bounded(leaves_nothing: None, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ the transport alone
+
+
+def test_slow_body_is_handed_over_while_it_comes(rude_origin: StartOrigin) -> None:
+    """A sink sees the bytes of a slow source as they come, not when a buffer is full or the time is over."""
+    data = os.urandom(200_000)
+    origin = rude_origin({"f": data}, "steady_drip")
+
+    class StoppingSink(MemorySink):
+        def write(self, data: Any) -> None:
+            super().write(data)
+            if self.received >= 5000:
+                raise InterruptedError
+
+    sink, transport = StoppingSink(), HttpTransport()
+    started = time.monotonic()
+    with pytest.raises(InterruptedError):
+        transport.fetch(origin.url_of("f"), sink, max_bytes=len(data))
+    transport.close()
+
+    assert time.monotonic() - started < DEADLINE  # the whole takes ten
+    assert sink.data == data[: sink.received]
+    assert sink.received < len(data) / 2
 
 
 @pytest.mark.parametrize(

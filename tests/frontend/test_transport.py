@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from dataclasses import fields, replace
+from pathlib import Path
 
-from selfhost.errors import SchemeNotAllowed
+import pytest
+from helpers import RudeOrigin, make_card
+
+from selfhost.card.model_card import ModelDeploymentCard
+from selfhost.errors import ResolveError, SchemeNotAllowed
+from selfhost.frontend.cache import BlobCache
+from selfhost.frontend.resolver import MetadataResolver, ResolverLimits
 from selfhost.frontend.transport import PATH_SCHEME, FetchLimits, origin_of, scheme_of, transport_for
 from selfhost.frontend.transport_file import FileTransport
 from selfhost.frontend.transport_http import HttpTransport
 from selfhost.frontend.transports import default_transports
+
+QUICK = ResolverLimits(rounds=1, fetch=FetchLimits(connect_seconds=0.5, read_seconds=0.5))
 
 
 def test_default_table() -> None:
@@ -69,19 +79,59 @@ def test_other_schemes_are_refused(location: str, scheme: str) -> None:
     assert (caught.value.scheme, caught.value.url) == (scheme, location)
 
 
+def test_refused_url_keeps_its_secrets() -> None:
+    """Neither the message nor the URL on the error has the password."""
+    with pytest.raises(SchemeNotAllowed, match="ftp") as caught:
+        transport_for(default_transports(), "ftp://me:s3cret@w/x?sig=s3cret")
+
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.url == "ftp://w/x?sig=s3cret"
+
+
+ODD = ["//[foo/a.json", "http://[x/a.json", "hf://\u2100/a.json", "http://w:99999/a.json"]
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_odd_locations_spoil_no_good_source(
+    path: str, counting_origin: RudeOrigin, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A card whose paths no parser likes fails for its files; a good card that has it as replica does not."""
+    good = make_card(files, counting_origin.url)
+    paths = {name: path.replace("a.json", name) for name in files}
+    odd = ModelDeploymentCard.from_json(
+        good.map_files(lambda file: replace(file, path=paths[file.basename])).to_json()
+    )
+    with MetadataResolver(BlobCache(tmp_path / "a"), limits=QUICK) as resolver:
+        assert resolver.resolve(good, replicas=[odd]).local_dir
+    with MetadataResolver(BlobCache(tmp_path / "b"), limits=QUICK) as resolver:
+        assert resolver.resolve(odd, replicas=[good]).local_dir
+    with MetadataResolver(BlobCache(tmp_path / "c"), limits=QUICK) as resolver, pytest.raises(ResolveError):
+        resolver.resolve(odd)
+
+
 @pytest.mark.parametrize(
     ("location", "scheme", "origin"),
     [
         ("http://w:9090/a?b", "http", "http://w:9090"),
         ("HTTPS://w/a", "https", "https://w"),
-        ("http://[::1]:80/a", "http", "http://[::1]:80"),
+        ("http://[::1]:80/a", "http", "http://[::1]"),
+        ("http://[0:0::1]:81/a", "http", "http://[::1]:81"),
+        ("http:\\\\me:secret@W:80\\a", "http", "http://w"),
+        (" http:/w:1/a", "http", "http://w:1"),
         ("hf://org/model/a", "hf", "hf://org"),
         ("/a/b", "", "/a/b"),
         ("file:///a/b", "file", "file:///a/b"),
+        ("data:,x", "data", "data:,x"),
+        ("//[foo/config.json", "", "//[foo/config.json"),
+        ("http://[x/config.json", "", "http://[x/config.json"),
+        ("http://w:99999/a", "", "http://w:99999/a"),
+        ("hf://\u2100/x", "hf", "hf://%E2%84%80"),
+        ("http://\udcff/x", "", "http://\udcff/x"),
+        ("", "", ""),
     ],
 )
 def test_scheme_and_origin(location: str, scheme: str, origin: str) -> None:
-    """A URL has a scheme and fails with its host; a path fails alone."""
+    """A URL has a scheme and fails with its host; a path, and what only looks like a URL, fails alone."""
     assert (scheme_of(location), origin_of(location)) == (scheme, origin)
 
 
@@ -91,3 +141,18 @@ def test_scheme_and_origin(location: str, scheme: str, origin: str) -> None:
 def test_caps(size: int | None, cap: int) -> None:
     """A known size is the cap, up to 1 GiB; an unknown one allows 64 MiB."""
     assert FetchLimits().cap(size) == cap
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(FetchLimits)])
+@pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, "5"])
+def test_limits_above_zero(field: str, value: object) -> None:
+    """A limit of nothing, or of no number, is refused by name where it is set."""
+    with pytest.raises(ValueError, match=f"{field}: expected a finite number above 0, found") as caught:
+        FetchLimits(**{field: value})  # type: ignore[arg-type]
+
+    assert repr(value) in str(caught.value)
+
+
+def test_http_needs_the_network() -> None:
+    """Offline, nothing of it is left."""
+    assert HttpTransport().offline() is None  # type: ignore[func-returns-value]

@@ -356,9 +356,10 @@ def test_threads_share_a_transport(transport: FileTransport, root: Path) -> None
 
 
 def test_facts(transport: FileTransport, root: Path) -> None:
-    """It needs no network, its bytes do not drift, closing is harmless, and its roots are shown."""
+    """It is the same without a network, its bytes do not drift, closing is harmless; its roots are shown."""
     transport.close()
 
-    assert (transport.uses_network, transport.may_drift) == (False, False)
+    assert transport.offline() is transport
+    assert transport.may_drift is False
     assert repr(transport) == f"<FileTransport roots=[{str(root)!r}]>"
     assert fetch(transport, root / "sub" / "a b%.bin") == DATA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from selfhost.frontend.transport_hf import HfTransport, HubFile
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
+NEW = "c" * 40  # what every branch stands for at the hub
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
@@ -305,10 +307,10 @@ def test_place_of_the_cache(
 
 
 def test_facts(local: HfTransport, hub: Path) -> None:
-    """The cache needs no network, a branch may drift, closing is harmless, and no token is shown."""
+    """A branch may drift, closing is harmless, and no token is shown."""
     local.close()
 
-    assert (local.uses_network, local.may_drift) == (False, True)
+    assert local.may_drift is True
     assert repr(HfTransport(hub, token="hf_secret")) == f"<HfTransport hub_cache={str(hub)!r} network=True>"
 
 
@@ -341,17 +343,20 @@ FAKE = """
             raise HfHubHTTPError("503", 503)
         if "strange" in url:
             raise KeyError("strange")
-        return types.SimpleNamespace(size=None if "unsized" in url else (HERE / "file").stat().st_size)
+        size = None if "unsized" in url else (HERE / "file").stat().st_size
+        return types.SimpleNamespace(size=size, commit_hash="../stray" if "evil" in url else "c" * 40)
 
     def hf_hub_download(repo_id, filename, *, subfolder=None, repo_type=None, revision=None,
                         library_name=None, library_version=None, cache_dir=None, local_dir=None,
                         user_agent=None, force_download=False, etag_timeout=10, token=None,
                         local_files_only=False, headers=None, endpoint=None):
         note("download", repo_id, filename, revision, cache_dir, token)
+        if "broken" in filename:
+            raise ConnectionError("broken")
         folder = pathlib.Path(cache_dir, "models--" + repo_id.replace("/", "--"))
-        blob, path = folder / "blobs" / "b", folder / "snapshots" / "c" / filename
-        blob.parent.mkdir(parents=True)
-        path.parent.mkdir(parents=True)
+        blob, path = folder / "blobs" / "b", folder / "snapshots" / ("c" * 40) / filename
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes((HERE / "file").read_bytes())
         path.symlink_to(os.path.relpath(blob, path.parent))
         return str(path)
@@ -391,15 +396,113 @@ def test_from_the_hub(package: Callable[[], list[list[Any]]], hub: Path) -> None
     ]
 
 
-def test_cache_is_looked_at_first(
+def test_cached_commit_needs_no_hub(
     package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path
 ) -> None:
-    """What is cached needs no package."""
+    """A commit never changes: what is cached of it needs no package."""
+    put("f", b"cached")
+
+    assert fetch(HfTransport(hub), f"hf://org/name@{COMMIT}/f") == b"cached"
+    assert package() == []
+    assert "huggingface_hub" not in sys.modules
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@v1.0"])
+def test_cached_branch_may_be_stale(
+    package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path, revision: str
+) -> None:
+    """What a branch stood for once does not hide what the hub has now."""
+    put("f", b"old")
+    put("f", b"old", revision="v1.0")
+
+    assert fetch(HfTransport(hub), f"hf://org/name{revision}/f") == b"from the hub"
+    assert [call[0] for call in package()] == ["metadata", "download"]
+
+
+@pytest.mark.parametrize("ref", ["main", None])
+def test_cached_branch_that_is_fresh(
+    package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path, ref: Optional[str]
+) -> None:
+    """Where the commit that the hub names is cached, nothing is downloaded, whatever the ref says."""
+    put("f", b"old")
+    put("f", b"cached", revision=ref, commit=NEW)
+
+    assert fetch(HfTransport(hub), "hf://org/name/f") == b"cached"
+    assert [call[0] for call in package()] == ["metadata"]
+
+
+@pytest.mark.parametrize("name", ["missing", "busy", "strange", "broken"])
+def test_cached_branch_for_want_of_the_hub(
+    package: Callable[[], list[list[Any]]],
+    put: Callable[..., Path],
+    hub: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """Where the hub does not give the file, the cached one may be the right one; the log says why."""
+    caplog.set_level(logging.INFO, "selfhost")
+    put(name, b"cached")
+
+    assert fetch(HfTransport(hub), f"hf://org/name/{name}") == b"cached"
+    assert package()[0][0] == "metadata"
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "huggingface_hub says" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_cached_branch_for_want_of_the_package(
+    put: Callable[..., Path], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the package the cache is all there is."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     put("f", b"cached")
 
     assert fetch(HfTransport(hub), "hf://org/name/f") == b"cached"
-    assert package() == []
+
+
+def test_cached_branch_of_which_the_hub_has_more(
+    package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path
+) -> None:
+    """A file that has become too long at the hub is not downloaded, and the cached one is brought."""
+    put("f", b"cached")
+
+    assert fetch(HfTransport(hub), "hf://org/name/f", max_bytes=11) == b"cached"
+    assert [call[0] for call in package()] == ["metadata"]
+
+
+def test_strange_commit_of_the_hub(
+    package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path
+) -> None:
+    """What the hub calls a commit and is none does not become part of a path (catalogue 8)."""
+    folder = put("evil", b"cached")
+    (folder / "stray").write_text(COMMIT)
+
+    assert fetch(HfTransport(hub), "hf://org/name/evil") == b"from the hub"
+
+
+def test_offline(package: Callable[[], list[list[Any]]], put: Callable[..., Path], hub: Path) -> None:
+    """Without a network there is the same cache, and the package is not even loaded."""
+    put("f", b"cached")
+    transport = HfTransport(hub)
+    view = transport.offline()
+
+    assert fetch(view, "hf://org/name/f") == b"cached"
+    refused(view, "hf://org/name/g", "the network must not be asked")
+    assert repr(view) == f"<HfTransport hub_cache={str(hub)!r} network=False>"
+    assert view.offline() is view
     assert "huggingface_hub" not in sys.modules
+
+    assert fetch(transport, "hf://org/name/g") == b"from the hub"
+
+
+def test_offline_reads_no_environment(put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport that found no cache when it was made has none offline either."""
+    for variable in ("HF_HUB_CACHE", "HF_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    homeless = HfTransport()
+    monkeypatch.setenv("HF_HUB_CACHE", str(put("f", b"cached").parent))
+
+    refused(homeless.offline(), "hf://org/name/f", "there is no local cache")
 
 
 @pytest.mark.parametrize("token", [True, "hf_secret"])

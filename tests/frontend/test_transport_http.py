@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import resource
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from helpers import MemorySink
 
 import selfhost
 from selfhost.errors import FetchError, FetchTimeout, HTTPStatusError, PeerNotAllowed, SizeLimitExceeded
-from selfhost.frontend import http_pool
+from selfhost.frontend import http_connection, http_dial, http_pool
 from selfhost.frontend.http_rules import retry_after
 from selfhost.frontend.peer_policy import Peer
 from selfhost.frontend.transport import FetchLimits
@@ -201,8 +202,11 @@ def test_empty_file(transport: HttpTransport, serve: Serve, answer: Any) -> None
     assert fetch(transport, serve(answer).url, max_bytes=0) == b""
 
 
-def test_large_file_comes_in_large_pieces(transport: HttpTransport, serve: Serve) -> None:
+def test_large_file_comes_in_large_pieces(
+    transport: HttpTransport, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file larger than the buffer is handed over in few pieces, none larger than a megabyte."""
+    monkeypatch.setattr(http_connection, "PIECE_SECONDS", A_WHILE)
     body = os.urandom((3 << 20) + 5)
     sizes: list[int] = []
 
@@ -404,7 +408,8 @@ def test_reset_in_the_body_leaves_what_came(transport: HttpTransport, serve: Ser
     class TellingSink(MemorySink):
         def write(self, data: Any) -> None:
             super().write(data)
-            come.set()
+            if self.received >= 1 << 20:
+                come.set()
 
     large = os.urandom(1 << 20) + HALF
     start = wire.head(f"Content-Length: {len(large) + 9}", TAG)
@@ -430,7 +435,78 @@ def test_stall_in_the_body(transport: HttpTransport, serve: Serve, framing: str)
     assert bytes(sink.data) == HALF
 
 
-@pytest.mark.parametrize("framing", ["Content-Length: 1000000", "Transfer-Encoding: chunked", "X: close"])
+FRAMINGS = ["Content-Length: 1000000", "Transfer-Encoding: chunked", "X: close"]
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_slow_body_is_handed_over_while_it_comes(serve: Serve, framing: str) -> None:
+    """However a body is framed, what came of it is in the sink soon after, in order and once."""
+
+    class FullSink(MemorySink):
+        def write(self, data: Any) -> None:
+            super().write(data)
+            if len(pieces) == 3:
+                raise InterruptedError
+            pieces.append(len(data))
+
+    def play(sock: socket.socket, closing: threading.Event) -> None:
+        sock.sendall(wire.head(framing))
+        for number in range(400):
+            data = b"%d," % number * 100
+            sock.sendall(b"%x\r\n%s\r\n" % (len(data), data) if "chunked" in framing else data)
+            closing.wait(0.02)
+
+    pieces: list[int] = []
+    sink = FullSink()
+    with HttpTransport() as transport, pytest.raises(InterruptedError):
+        transport.fetch(serve(play).url, sink, max_bytes=CAP)
+
+    whole = b"".join(b"%d," % number * 100 for number in range(400))
+    assert sink.received < len(whole) / 2
+    assert whole.startswith(sink.data)
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_dripping_body_in_small_pieces(serve: Serve, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That bytes are handed over at once makes a body that drips no faster."""
+    monkeypatch.setattr(http_connection, "PIECE_SECONDS", 0.0)
+    drop = b"1\r\nx\r\n" if "chunked" in framing else b"x"
+    with HttpTransport(limits=QUICK) as transport:
+        error = fails(transport, serve(wire.endless(wire.head(framing), drop, every=0.01)).url)
+
+    assert isinstance(error, FetchTimeout)
+    assert (error.phase, error.seconds) == ("body", 0.3)
+
+
+def test_coding_is_bounded_over_all_pieces(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte handed over now and then buys no new room for chunk extensions."""
+    monkeypatch.setattr(http_connection, "PIECE_SECONDS", 0.0)
+    flood = b"1;" + b"x" * 60000 + b"\r\nx\r\n"
+    with HttpTransport(limits=FetchLimits(read_seconds=A_WHILE)) as transport:
+        error = fails(transport, serve(wire.endless(wire.head("Transfer-Encoding: chunked"), flood)).url)
+
+    assert "coding" in str(error)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 10240", "Transfer-Encoding: chunked", "X: close"])
+def test_body_in_smallest_pieces(serve: Serve, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that is handed over whenever something came is whole."""
+    monkeypatch.setattr(http_connection, "PIECE_SECONDS", 0.0)
+
+    def play(sock: socket.socket, closing: threading.Event) -> None:
+        sock.sendall(wire.head(framing))
+        for at in range(0, len(BODY), 640):
+            data = BODY[at : at + 640]
+            sock.sendall(b"280\r\n%s\r\n" % data if "chunked" in framing else data)
+            closing.wait(0.002)
+        sock.sendall(b"0\r\n\r\n" if "chunked" in framing else b"")
+        sock.shutdown(socket.SHUT_WR)
+
+    with HttpTransport(limits=QUICK) as transport:
+        assert fetch(transport, serve(play).url) == BODY
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
 def test_dripping_body(transport: HttpTransport, serve: Serve, framing: str) -> None:
     """A byte now and then is as good as none: too few in `read_seconds` end the fetch."""
     drop = b"1\r\nx\r\n" if "chunked" in framing else b"x"
@@ -477,6 +553,32 @@ def test_slow_sink_is_not_the_servers_fault(serve: Serve) -> None:
         transport.fetch(serve(play).url, sink, max_bytes=len(body))
 
     assert sink.data == body
+
+
+def test_slow_sink_of_few_bytes_is_not_the_servers_fault(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where too few bytes had come before the sink took its time."""
+    monkeypatch.setattr(http_connection, "PIECE_SECONDS", 0.0)
+
+    class SlowSink(MemorySink):
+        def write(self, data: Any) -> None:
+            if not self.received:
+                time.sleep(0.4)
+            super().write(data)
+
+    def play(sock: socket.socket, closing: threading.Event) -> None:
+        sock.sendall(wire.head(f"Content-Length: {len(BODY)}"))
+        closing.wait(0.05)  # else the first piece has more than these bytes
+        sock.sendall(BODY[:100])
+        closing.wait(0.1)
+        sock.sendall(BODY[100:])
+
+    sink = SlowSink()
+    with HttpTransport(limits=QUICK) as transport:
+        transport.fetch(serve(play).url, sink, max_bytes=CAP)
+
+    assert sink.data == BODY
 
 
 def test_total_time_of_a_fetch(serve: Serve) -> None:
@@ -803,6 +905,97 @@ def test_every_address_is_named(transport: HttpTransport, resolver: Resolver) ->
     assert "127.0.0.2: Connection refused" in str(error)
 
 
+@pytest.fixture
+def silent(serve: Serve) -> Iterator[Callable[[int], tuple[list[str], int]]]:
+    """Return a function (count) -> addresses on which connections are not answered, and their port."""
+    with contextlib.ExitStack() as stack:
+
+        def start(count: int) -> tuple[list[str], int]:
+            port = 0
+            addresses = [f"127.0.0.{10 + number}" for number in range(count)]
+            for address in addresses:
+                full = stack.enter_context(socket.create_server((address, port), backlog=0))
+                port = full.getsockname()[1]
+                for _ in range(3):  # what the queue takes; further ones are not answered
+                    filler = stack.enter_context(socket.socket())
+                    filler.setblocking(False)
+                    filler.connect_ex(full.getsockname())
+            return addresses, port
+
+        yield start
+
+
+Silent = Callable[[int], tuple[list[str], int]]
+
+
+def test_silent_addresses_share_the_time(resolver: Resolver, silent: Silent) -> None:
+    """However many addresses of a host are silent, they cost `connect_seconds` together, which is said."""
+    addresses, port = silent(4)
+    resolver(*addresses)
+    started = time.monotonic()
+    with HttpTransport(limits=FetchLimits(connect_seconds=0.8)) as transport:
+        error = fails(transport, f"http://worker:{port}/f")
+
+    assert 0.7 < time.monotonic() - started < 1.6  # one after the other, each its own time: 3.2
+    assert isinstance(error, FetchTimeout)
+    assert (error.phase, error.seconds) == ("connect", 0.8)
+    assert all(f"{address}: no answer in 0.2 s" in str(error) for address in addresses)
+    assert "within 0.8 s" in str(error)
+
+
+def test_silent_addresses_leave_time_for_a_good_one(resolver: Resolver, silent: Silent, serve: Serve) -> None:
+    """The last address is tried, too, and what refuses at once costs the others nothing."""
+    addresses, port = silent(2)
+    resolver(addresses[0], "127.0.0.2", addresses[1], "127.0.0.1")
+    server = serve(wire.ok(BODY), port=port)
+    with HttpTransport(limits=FetchLimits(connect_seconds=0.8)) as transport:
+        assert fetch(transport, f"http://worker:{server.port}/f") == BODY
+
+
+def test_time_that_was_waited_is_told(resolver: Resolver, silent: Silent) -> None:
+    """Where only one of the addresses was silent, the error tells its time and not all that was allowed."""
+    addresses, port = silent(1)
+    resolver(*addresses, "127.0.0.2")
+    with HttpTransport(limits=FetchLimits(connect_seconds=0.8)) as transport:
+        error = fails(transport, f"http://worker:{port}/f")
+
+    assert isinstance(error, FetchTimeout)
+    assert error.seconds == 0.4
+    assert "127.0.0.2: Connection refused) within 0.4 s" in str(error)
+
+
+def test_few_addresses_of_many_are_tried(transport: HttpTransport, resolver: Resolver) -> None:
+    """Of a thousand addresses, eight are looked at."""
+    asked: list[str] = []
+    resolver(*(f"127.0.{number}.1" for number in range(1000)))
+    with HttpTransport(peer_policy=lambda peer: bool(asked.append(peer.address))) as strict:
+        fails(strict, "http://worker:1/f")
+
+    assert asked == [f"127.0.{number}.1" for number in range(http_dial.MAX_ADDRESSES)]
+    assert len(asked) == 8
+
+
+def test_own_shortage_is_not_the_origins_fault(transport: HttpTransport, serve: Serve) -> None:
+    """Without a descriptor left no other address is tried, and the error says whose fault it is."""
+    server = serve(wire.ok(BODY))
+    fetch(transport, server.url)  # what is loaded for it takes descriptors
+    transport._pool._idle().connections.pop().close()
+    server.hang_up()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        error = fails(transport, server.url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert "this process has too many open files" in str(error)
+    assert not isinstance(error, FetchTimeout)
+    assert not error.is_transient
+    assert fetch(transport, server.url) == BODY
+
+
 # catalogue 10
 @pytest.mark.parametrize(
     "address", ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "100.100.100.200"]
@@ -1006,6 +1199,19 @@ def test_old_connections_are_not_used(serve: Serve) -> None:
 
         assert server.connections == 2
         assert len(transport._pool) == 1
+
+
+def test_every_use_closes_what_is_old(serve: Serve) -> None:
+    """A connection that idled too long is closed when any other origin is asked, even in vain."""
+    now = [0.0]
+    server, other = serve(wire.ok(BODY)), serve(wire.closing(b""))
+    with HttpTransport(clock=lambda: now[0]) as transport:
+        fetch(transport, server.url)
+        assert len(transport._pool) == 1
+        now[0] += http_pool.MAX_IDLE_SECONDS + 1
+        fails(transport, other.url)
+
+        assert len(transport._pool) == 0
 
 
 def test_idle_connections_are_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

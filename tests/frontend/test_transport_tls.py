@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 import trustme
@@ -227,6 +227,22 @@ def test_connection_with_bytes_left_is_not_kept(serve: Serve, authority: trustme
     assert server.connections == 2
 
 
+def test_name_with_a_final_dot(
+    authority: trustme.CA, ca_file: Path, leaves_nothing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dot of a fully qualified name stands in no certificate, and is not sent (RFC 6066, 3)."""
+    names: list[Optional[str]] = []
+    context = server_context(authority, "worker.test")
+    context.sni_callback = lambda sock, name, context: names.append(name)
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: real("127.0.0.1", *rest, **more))
+    with wire.WireServer(wire.ok(BODY), tls=context) as server:
+        url = server.url.replace("127.0.0.1", "worker.test.")
+
+        assert fetch(url, tls_context(ca_file=ca_file)) == BODY
+    assert names == ["worker.test"]
+
+
 # ------------------------------------------------------------------ contexts
 
 
@@ -236,6 +252,23 @@ def test_context_is_strict() -> None:
 
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def test_minimum_is_not_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS 1.2 is the least also where interpreter and system would allow less."""
+
+    make = ssl.SSLContext.__new__
+
+    def make_lax(kind: type[ssl.SSLContext], protocol: int) -> ssl.SSLContext:
+        context = make(kind, protocol)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = ssl.TLSVersion.TLSv1
+        return context
+
+    monkeypatch.setattr(ssl.SSLContext, "__new__", make_lax)
+
+    assert tls_context().minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 def test_own_authority_replaces_the_roots(ca_file: Path) -> None:

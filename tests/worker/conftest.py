@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import http.client
 import json
 import os
@@ -10,14 +9,13 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 import pytest
+from helpers import TIMEOUT, nothing_left, poll_until
 
 import selfhost
 from selfhost.card.checksum import Checksum
@@ -29,8 +27,6 @@ from selfhost.settings import Settings
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.runtime import DistributedRuntime
 from selfhost.worker.server import SystemStatusServer
-
-TIMEOUT = 10.0  # seconds; for what takes milliseconds unless it is broken
 
 
 class RawAnswer(NamedTuple):
@@ -87,46 +83,17 @@ class RawClient:
         self.sock.close()
 
 
-def open_descriptors() -> int:
-    """Count the descriptors of this process."""
-    return len(os.listdir("/dev/fd"))
-
-
-def poll_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> bool:
-    """Wait until `condition()` is true; tell whether it became so in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 @pytest.fixture
 def wait_until() -> Callable[..., bool]:
     """Return the function that waits for a condition."""
     return poll_until
 
 
-@pytest.fixture(scope="session")
-def quick_collections() -> Iterator[None]:
-    """Take what is there already out of the garbage collector's sight: it is called for each test."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def leaves_nothing(quick_collections: None) -> Iterator[None]:
+def leaves_nothing() -> Iterator[None]:
     """Check that no thread and no descriptor of the test outlives it."""
-    gc.collect()
-    threads, descriptors = threading.active_count(), open_descriptors()
-    yield
-    gc.collect()
-    poll_until(lambda: open_descriptors() <= descriptors and threading.active_count() <= threads, 2.0)
-    assert threading.active_count() <= threads, threading.enumerate()
-    assert open_descriptors() <= descriptors
+    with nothing_left():
+        yield
 
 
 @pytest.fixture
