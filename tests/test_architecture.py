@@ -27,18 +27,12 @@ ARROWS: dict[str, set[str]] = {
     "worker": {"card", "discovery", "settings", "errors"},
     "frontend": {"card", "settings", "errors", "_atomic", "_lazy", "__version__"},
     "demo": {"card", "worker", "frontend", "settings", "errors", "demo_model"},
-    "cli_support": set(),
-    "cli_progress": {"cli_support", "frontend"},
-    "cli_cards": {"cli_support", "card", "frontend", "errors"},
-    "cli_serve": {"cli_support", "card", "worker", "settings", "errors"},
-    "cli_fetch": {"cli_support", "cli_cards", "cli_progress", "card", "frontend", "settings", "errors"},
-    "cli_cache": {"cli_support", "cli_cards", "cli_fetch", "card", "frontend", "errors"},
-    "cli": {"cli_support", "cli_serve", "cli_fetch", "cli_cache", "demo", "errors", "__version__"},
+    "cli": {"card", "worker", "frontend", "demo", "settings", "errors", "__version__"},
     "__init__": {"card", "worker", "frontend", "discovery", "settings", "errors", "_lazy"},
     "__main__": {"cli"},
 }
 # What reads the discovery on behalf of a frontend may know it; nothing else there does.
-READERS = {"frontend/watcher.py", "frontend/model_groups.py"}
+READERS = {"frontend/watcher.py", "frontend/model_groups.py", "frontend/model_status.py"}
 # Everything from outside the standard library, and the one module that may import it.
 FOREIGN = {"blake3": "card/checksum.py", "werkzeug": "worker/app.py"}
 FOR_TYPES = {"blake3", "_typeshed"}  # what others may name where only the type checker looks
@@ -100,9 +94,15 @@ def test_imports_follow_the_arrows(module: str) -> None:
     assert set(relative_imports(module)) - {unit(module)} <= allowed
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if unit(module) == "cli"])
+def test_command_is_of_one_side(module: str) -> None:
+    """No module of the command line knows the worker and the frontend both."""
+    assert not {"worker", "frontend"} <= set(relative_imports(module))
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_from_outside(module: str) -> None:
-    """Everything else is the standard library, but for each wheel in its one module."""
+    """Everything else is the standard library, but for each wheel in its one module."""  # catalogue 150
     outside = wheels(absolute_imports(module, for_types=False))
 
     assert outside <= {name for name, home in FOREIGN.items() if home == module}
@@ -151,6 +151,9 @@ def test_the_rules_have_something_to_look_at() -> None:
     assert set(relative_imports("worker/local_model.py")) >= {"card", "discovery", "errors", "worker"}
     assert set(relative_imports("frontend/watcher.py")) >= {"card", "discovery", "errors", "frontend"}
     assert set(relative_imports("__main__.py")) == {"cli"}
+    assert set(relative_imports("cli/__init__.py")) >= {"cli", "demo", "errors", "__version__"}
+    assert "worker" in set(relative_imports("cli/serve.py"))
+    assert "frontend" in set(relative_imports("cli/fetch.py"))
     assert set(relative_imports("__init__.py")) >= {"card", "worker", "frontend", "errors", "settings"}
     assert "blake3" in set(absolute_imports("card/checksum.py"))
     assert "werkzeug.wrappers" in set(absolute_imports("worker/app.py"))

@@ -58,6 +58,7 @@ def run(code: str, *arguments: str) -> str:
 
 def test_import_does_nothing() -> None:
     """`import selfhost` opens nothing, starts nothing, reads no environment and loads nothing heavy."""
+    # catalogue 150
     heavy = "{'werkzeug', 'blake3', 'socket', 'threading', 'asyncio', 'http', 'logging'}"
     code = f"{WATCH}\nimport selfhost\nprint(done, {heavy} & set(sys.modules) - before)"
 
@@ -67,6 +68,7 @@ def test_import_does_nothing() -> None:
 @pytest.mark.parametrize("module", EVERY_MODULE)
 def test_importing_a_module_does_nothing(module: str) -> None:
     """No module of the package opens, starts or reads anything when it is imported, or loads a wheel."""
+    # catalogue 150
     code = (
         f"{WATCH}\nimport importlib\nimportlib.import_module(sys.argv[1])\n"
         "print(done, {'werkzeug', 'blake3'} & set(sys.modules))"
@@ -135,6 +137,7 @@ def loaded_by(folder: str) -> set[str]:
 
 def test_frontend_loads_no_worker() -> None:
     """A gateway loads neither Werkzeug nor anything of the worker, nor a package that is optional."""
+    # catalogue 150
     loaded = loaded_by("frontend")
 
     assert loaded & {"werkzeug", "markupsafe", "blake3", "huggingface_hub"} == set()

@@ -101,7 +101,7 @@ print(len(resolved.fetched), resolved.local_dir)
 print({name for name in sys.modules if "selfhost.worker" in name or "selfhost.discovery" in name})
 print({"werkzeug", "selfhost"} & set(sys.modules))
 """
-OTHER_SIDE = ("worker", "discovery", "cli.py", "demo.py", "demo_model.py", "__main__.py")
+OTHER_SIDE = ("worker", "discovery", "cli", "demo.py", "demo_model.py", "__main__.py")
 
 
 @pytest.mark.parametrize("is_zipped", [False, True])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .registry import Artifact, MetadataArtifactRegistry
 
 ROUTE = "/v1/metadata/"
+_ENCODED_SLASH = re.compile("%2[Ff]")
 CARD = ""  # in place of a filename, which is never empty: the model's card
 
 Fields = tuple[tuple[str, str], ...]
@@ -137,10 +138,19 @@ def _digest_parameter(query: str) -> Optional[str]:
 def split_target(target: str) -> tuple[str, str]:
     """Split an origin-form request target into percent-decoded path and raw query.
 
-    What is not UTF-8 becomes U+FFFD, as in Werkzeug's `get_path_info`: app and server read a path alike.
+    What is not UTF-8 becomes U+FFFD, as in Werkzeug's `get_path_info`: app and server read a path alike. An
+    encoded slash belongs to its segment (RFC 3986 section 2.2); it becomes NUL, which no key has either.
     """
     path, _, query = target.partition("?")
-    return unquote(path), query
+    return unquote(_ENCODED_SLASH.sub("%00", path)), query
+
+
+def has_encoded_slash(target: str) -> bool:
+    """Tell whether there is one in the path of a raw request target, from the route on.
+
+    A server has decoded it in an application's PATH_INFO, where it looks like one that separates segments.
+    """
+    return _ENCODED_SLASH.search(target.partition("?")[0].rpartition(ROUTE)[2]) is not None
 
 
 # ------------------------------------------------------------------ conditions and ranges

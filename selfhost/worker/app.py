@@ -4,6 +4,8 @@ Mount it at the root or under any prefix: routing looks at PATH_INFO alone, and 
 on the host or the prefix of the request. The same answers as the embedded server's; a plain hit goes straight
 from the registry to `start_response`, everything else through a Werkzeug Response.
 
+An encoded slash separates no segments where the server tells how the path was spelt; wsgiref does not.
+
 No `wsgi.file_wrapper`: servers that send a file with it lose step with the client when the file changes.
 Every body is pinned content; one that comes up short raises, so that the server closes the connection.
 
@@ -19,7 +21,7 @@ from werkzeug.datastructures import EnvironHeaders
 from werkzeug.wrappers import Response
 from werkzeug.wsgi import get_path_info
 
-from .answer import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find
+from .answer import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find, has_encoded_slash
 from .content import Content
 from .registry import MetadataArtifactRegistry
 
@@ -42,7 +44,8 @@ class MetadataApp:
         if method not in ("GET", "HEAD"):
             return _respond(METHOD_NOT_ALLOWED, environ, start_response)
         artifact = find(self.registry, get_path_info(environ), environ.get("QUERY_STRING", ""))
-        if artifact is None:
+        target = environ.get("REQUEST_URI") or environ.get("RAW_URI")  # not in PEP 3333: some servers tell it
+        if artifact is None or (target and "%" in target and has_encoded_slash(target)):
             return _respond(NOT_FOUND, environ, start_response)
         data = artifact.content.data
         if data is not None and method == "GET" and not any(name in environ for name in _CONDITIONS):

@@ -101,6 +101,24 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
 
 @pytest.fixture
+def run_without(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one command whose descriptor of that number is closed from the start."""
+
+    def run_to_end(number: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *command_line(arguments)]
+        return subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+
+    return run_to_end
+
+
+@pytest.fixture
 def start(environment: dict[str, str]) -> Iterator[Callable[..., Command]]:
     """Start one command, or a script in its place; what still runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []

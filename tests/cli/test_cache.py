@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -78,6 +80,18 @@ def test_import_refuses(fault: str, run: Any, card: Any, model_dir: Path, tmp_pa
     assert not (tmp_path / "cache" / "by-slug").exists()
 
 
+def test_import_of_the_workers_own_directory(run: Any, model_dir: Path, tmp_path: Path) -> None:
+    """A card with URLs has names percent-encoded, the directory plain; the cache keeps those of the card."""
+    (model_dir / "my notes.txt").write_text("mine")
+    card = load_card(model_dir, name="org/M")
+    card = card.map_files(lambda file: file.move_to_url(f"http://h/{quote(str(file.basename))}"))
+    (tmp_path / "card.json").write_text(card.to_json())
+    result = run("cache", "import", tmp_path / "card.json", model_dir)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (Path(result.stdout.rstrip("\n")) / "my%20notes.txt").read_text() == "mine"
+
+
 # ------------------------------------------------------------------ ls, stats
 
 
@@ -88,6 +102,17 @@ def test_ls(run: Any, imported: Path, model_dir: Path) -> None:
     assert heading.split() == ["SLUG", "MDCSUM", "FILES", "BYTES", "LAST", "USED"]
     assert row.split()[:4] == ["org_m", imported.name, "5", str(total_bytes(model_dir))]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", " ".join(row.split()[4:]))
+
+
+def test_ls_has_the_last_used_first(run: Any, imported: Path, model_dir: Path, tmp_path: Path) -> None:
+    """The order is the one that the help promises, whatever the names are."""
+    for name, days in (("a", 3), ("z", 9)):
+        (tmp_path / "other.json").write_text(load_card(model_dir, name=name).to_json())
+        made = run("cache", "import", tmp_path / "other.json", model_dir).stdout.rstrip("\n")
+        then = time.time() - days * DAY
+        os.utime(made, (then, then))
+
+    assert [line.split()[0] for line in run("cache", "ls").stdout.splitlines()] == ["SLUG", "org_m", "a", "z"]
 
 
 def test_ls_of_an_empty_slug(run: Any, card: Any, model_dir: Path, tmp_path: Path) -> None:
@@ -182,8 +207,28 @@ def test_verify_sets_aside_what_is_wrong(
     result = run("cache", "verify")
 
     assert (result.returncode, result.stdout) == (1, f"wrong  {checksum}\n")
-    assert result.stderr.endswith("now set aside: 1\n")
+    assert result.stderr.endswith(f"wrong blobs in {str(tmp_path / 'cache')!r}, now set aside: 1\n")
     assert BlobCache(tmp_path / "cache").find(checksum) is None
     assert run("cache", "verify").returncode == 0
     assert run("cache", "import", tmp_path / "card.json", model_dir).returncode == 0
     assert run("fetch", tmp_path / "card.json", "--offline").returncode == 0
+
+
+def test_verify_of_what_can_only_be_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], imported: Path, tmp_path: Path
+) -> None:
+    """Where a wrong blob cannot be moved, nobody is told that it was."""
+    blob = (imported / "config.json").resolve()
+    os.chmod(blob, 0o644)
+    blob.write_bytes(b"rotten")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "rename", refuse)
+
+    assert cli.main(["cache", "verify", "--cache", str(tmp_path / "cache")]) == 1
+    output = capsys.readouterr()
+    assert output.out == f"wrong  blake3:{blob.name}\n"
+    assert output.err.endswith(", still in place, as they cannot be moved: 1\n")
+    assert blob.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shlex
@@ -99,6 +100,52 @@ def test_error_is_one_line(run: Any, arguments: list[str], variables: dict[str, 
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("number", "arguments", "said"),
+    [
+        (0, ["fetch", "-"], "stdin is closed"),
+        (0, ["verify", "-", "."], "stdin is closed"),
+        (1, ["card", "{model}"], "stdout is closed"),
+        (1, ["fetch", "{card}", "--file-root", "{model}"], "stdout is closed"),
+        (1, ["cache", "import", "{card}", "{model}"], "stdout is closed"),
+    ],
+)
+def test_closed_stream_is_an_error_of_one_line(
+    run: Any, run_without: Any, model_dir: Path, tmp_path: Path, number: int, arguments: list[str], said: str
+) -> None:
+    """A process may be started without stdin or stdout; what needs one says so."""
+    (tmp_path / "card.json").write_text(run("card", model_dir).stdout)
+    places = {"model": model_dir, "card": tmp_path / "card.json"}
+    result = run_without(number, *(argument.format(**places) for argument in arguments))
+
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"selfhost: error: {said}"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["cache", "ls"], ["cache", "stats"], ["cache", "gc"], ["demo"]])
+def test_tables_need_no_stdout(run_without: Any, arguments: list[str]) -> None:
+    """What is only told, is told to nobody where stdout is closed, and done."""
+    result = run_without(1, *arguments)
+
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_errors_never_go_to_stdout(run_without: Any) -> None:
+    """Where stderr is closed nothing takes its place: `dir=$(selfhost fetch ...)` would be the error."""
+    result = run_without(2, "fetch", "missing")
+
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_stdout_of_text_only(monkeypatch: pytest.MonkeyPatch, model_dir: Path, capsys: Any) -> None:
+    """A caller's stdout that takes no bytes is told as such."""
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+
+    assert cli.main(["card", str(model_dir)]) == 1
+    assert "stdout is no stream of bytes" in capsys.readouterr().err
+
+
 def test_log_messages_are_printable() -> None:
     """What is logged of a name reaches no terminal as it is; a traceback would keep its lines."""
     record = logging.makeLogRecord({"levelname": "WARNING", "msg": "odd: %s", "args": ("a\x1b[2J\nb",)})
@@ -129,6 +176,7 @@ def test_log_messages_are_printable() -> None:
         ["fetch", ""],
         ["fetch", "c", "--replica", ""],
         ["fetch", "c", "--to", ""],
+        ["fetch", "c", "--lower", ""],
         ["fetch", "c", "--verify", "never"],
         ["fetch", "c", "--allow", "http://h/"],
         ["fetch", "c", "--allow", "10.0.0.0/33"],

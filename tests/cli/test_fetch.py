@@ -19,7 +19,7 @@ import pytest
 
 from selfhost import BlobCache, Checksum, DistributedRuntime, LocalModel, Settings, cli
 from selfhost.card.checksum import hash_fd
-from selfhost.frontend import blobs
+from selfhost.frontend import stamps
 
 NAMES = [
     "config.json",
@@ -156,7 +156,7 @@ def test_fetch_may_hash_every_hit(
     line = ["fetch", str(card_file), "--cache", str(tmp_path / "cache")]
     assert cli.main(line) == 0
     read: list[int] = []
-    monkeypatch.setattr(blobs, "hash_fd", lambda *found: read.append(1) or hash_fd(*found))
+    monkeypatch.setattr(stamps, "hash_fd", lambda *found: read.append(1) or hash_fd(*found))
 
     assert cli.main([*line, *options]) == 0
     assert len(read) == hashed
@@ -198,6 +198,87 @@ def test_fetch_from_those_allowed(run: Any, worker: Worker, card_file: Path, pee
 
     assert result.returncode == code
     assert ("by the peer policy" in result.stderr) == bool(code)
+
+
+def test_fetch_goes_on_with_a_replicas_card(run: Any, worker: Worker, model_dir: Path) -> None:
+    """A dead worker, or a portal page in its place, takes nobody down while another one has a card."""
+    page = {"card": b"<html>Please log in</html>"}
+    with helpers.RudeOrigin({}, "refuses") as dead, helpers.RudeOrigin(page) as portal:
+        for bad in (f"{dead.url}/card", f"{portal.url}/card"):
+            first = run("fetch", bad, "--replica", worker.url)
+            last = run("fetch", worker.url, "--replica", bad, "--verify", "always")
+            assert f"WARNING: {bad!r} gives no card, that of {worker.url!r} takes its place: " in first.stderr
+            assert f"WARNING: the replica {bad!r} is left out: " in last.stderr
+            assert (first.returncode, last.returncode) == (0, 0)
+            assert first.stdout == last.stdout
+    assert same_files(Path(first.stdout.rstrip("\n")), model_dir)
+
+
+def test_fetch_lists_every_card_that_is_none(run: Any) -> None:
+    """Where no source has a card, each has a line of its own."""
+    with helpers.RudeOrigin({}, "refuses") as dead, helpers.RudeOrigin({"card": b"<html>"}) as portal:
+        urls = [f"{dead.url}/card", f"{portal.url}/card"]
+        result = run("fetch", urls[0], "--replica", urls[1])
+
+    heading, *lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert heading == "selfhost: error: cannot get a card from any of these:"
+    assert [line.startswith(f"  {url!r}: ") for url, line in zip(urls, lines)] == [True, True]
+    assert len(lines) == 2
+
+
+def test_messages_show_no_password(run: Any, worker: Worker) -> None:
+    """A password that a URL has, or a token in its query, is in no log."""
+    with helpers.RudeOrigin({"card": b"<html>"}, "well") as portal:
+        url = f"http://me:hush@{portal.url.partition('//')[2]}/card?token=hush"
+        for arguments in (
+            (url,),
+            (url, "--replica", url),
+            (worker.url, "--replica", url),
+            (url, "--offline"),
+        ):
+            result = run("fetch", *arguments)
+            assert "***@" in result.stderr
+            assert "hush" not in result.stderr
+
+
+@pytest.mark.parametrize("given", ["no card", "missing"])
+def test_fetch_refuses_a_replica_file_that_is_no_card(
+    run: Any, worker: Worker, tmp_path: Path, given: str
+) -> None:
+    """A file is no matter of who is up: what is wrong with it is an error."""
+    (tmp_path / "no card").write_text("<html>")
+    result = run("fetch", worker.url, "--replica", tmp_path / given)
+
+    assert result.returncode == 1
+    assert f"selfhost: error: {str(tmp_path / given)!r}" in result.stderr
+
+
+def test_fetch_without_a_place_for_a_cache(run: Any, worker: Worker, model_dir: Path, tmp_path: Path) -> None:
+    """What is copied out needs no cache that lasts, and none is left; else there must be one."""
+    nowhere = {"DYN_MDC_CACHE": "", "HOME": ""}
+    copied = run("fetch", worker.url, "--to", tmp_path / "plain", **nowhere)
+    kept = run("fetch", worker.url, **nowhere)
+
+    assert copied.returncode == 0, copied.stderr
+    assert same_files(tmp_path / "plain", model_dir)
+    assert kept.returncode == 1
+    assert "set --cache DIR, DYN_MDC_CACHE or HOME" in kept.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my-model", "plain"]
+
+
+def test_fetch_looks_into_lower_caches(run: Any, card_file: Path, model_dir: Path, tmp_path: Path) -> None:
+    """A file in a cache that is only read is fetched from nowhere, and that cache stays as it is."""
+    run("cache", "import", card_file, model_dir, "--cache", tmp_path / "lower")
+    before = sorted(path for path in (tmp_path / "lower").rglob("*"))
+    without = run("fetch", card_file, "--offline")
+    found = run("fetch", card_file, "--offline", "--lower", tmp_path / "none", "--lower", tmp_path / "lower")
+
+    assert without.returncode == 1
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(f"{tmp_path / 'cache'}/")
+    assert same_files(Path(found.stdout.rstrip("\n")), model_dir)
+    assert sorted(path for path in (tmp_path / "lower").rglob("*")) == before
 
 
 def test_fetch_of_local_paths(run: Any, model_dir: Path) -> None:
@@ -288,7 +369,7 @@ def test_endless_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, behaviour: str
 ) -> None:
     """A card from a URL may have so many bytes, and no more are taken."""
-    monkeypatch.setattr("selfhost.cli_cards.MAX_CARD_BYTES", 1 << 20)
+    monkeypatch.setattr("selfhost.cli.cards.MAX_CARD_BYTES", 1 << 20)
     with helpers.nothing_left(), helpers.RudeOrigin({"card": b"{}"}, behaviour) as origin:
         assert cli.main(["fetch", f"{origin.url}/card", "--cache", str(tmp_path / "c")]) == 1
     assert "bytes" in capsys.readouterr().err
@@ -296,7 +377,7 @@ def test_endless_card(
 
 def test_large_card_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is read up to the same limit: /dev/zero ends, too."""
-    monkeypatch.setattr("selfhost.cli_cards.MAX_CARD_BYTES", 1 << 20)
+    monkeypatch.setattr("selfhost.cli.cards.MAX_CARD_BYTES", 1 << 20)
 
     assert cli.main(["fetch", "/dev/zero"]) == 1
     assert "'/dev/zero' is no card: it has more than 1048576 bytes" in capsys.readouterr().err
@@ -388,9 +469,9 @@ def test_help_loads_next_to_nothing(start: Any, command: list[str]) -> None:
 
     assert loaded & {"ssl", "http.client", "socket", "blake3", "werkzeug", "ipaddress", "json"} == set()
     assert {name for name in loaded if name.startswith("selfhost.")} == {
-        "selfhost.cli", "selfhost.cli_cache", "selfhost.cli_cards", "selfhost.cli_fetch",
-        "selfhost.cli_progress", "selfhost.cli_serve", "selfhost.cli_support", "selfhost.errors",
-        "selfhost.settings", "selfhost._lazy",
+        "selfhost.cli", "selfhost.cli.cache", "selfhost.cli.cache_options", "selfhost.cli.cards",
+        "selfhost.cli.fetch", "selfhost.cli.progress", "selfhost.cli.serve", "selfhost.cli.support",
+        "selfhost.errors", "selfhost.settings", "selfhost._lazy",
     }  # fmt: skip
 
 
@@ -437,3 +518,68 @@ def test_verify_of_what_was_fetched(run: Any, card_file: Path) -> None:
 
     assert run("verify", card_file, directory).returncode == 0
     assert run("verify", card_file, "/no/directory").returncode == 1
+
+
+@pytest.fixture
+def quoted(model_dir: Path) -> Iterator[str]:
+    """Serve my-model with files whose names a URL has percent-encoded; return the URL of its card."""
+    (model_dir / "my notes.txt").write_text("mine")
+    (model_dir / "100%.txt").write_text("all")
+    settings = Settings(True, "127.0.0.1", 0, discovery_backend="mem")
+    with DistributedRuntime(settings) as runtime:
+        model = LocalModel.load(model_dir, name="org/M").attach(runtime.endpoint("ns.comp.ep"))
+        yield str(model.card_url)
+
+
+def test_verify_takes_names_in_both_forms(run: Any, quoted: str, model_dir: Path, tmp_path: Path) -> None:
+    """The worker's directory has plain names, one that was fetched has those of the URLs: both are right."""
+    own = run("verify", quoted, model_dir)
+    run("fetch", quoted, "--to", tmp_path / "plain")
+    fetched = run("verify", quoted, tmp_path / "plain")
+
+    assert {"ok       my notes.txt", "ok       100%.txt"} <= set(own.stdout.splitlines())
+    assert {"ok       my%20notes.txt", "ok       100%25.txt"} <= set(fetched.stdout.splitlines())
+    for result in (own, fetched):
+        assert (result.returncode, result.stderr) == (0, "")
+        assert {line.split()[0] for line in result.stdout.splitlines()} == {"ok"}
+
+
+def test_verify_names_faults_of_encoded_names(run: Any, quoted: str, model_dir: Path) -> None:
+    """A plain name stands for its file, right or wrong; one that is missing is told as the card has it."""
+    (model_dir / "my notes.txt").write_text("not mine")
+    (model_dir / "100%.txt").unlink()
+    lines = run("verify", quoted, model_dir).stdout.splitlines()
+
+    assert [line.split(":")[0] for line in lines if not line.startswith("ok ")] == [
+        "missing  100%25.txt",
+        "differs  my notes.txt",
+    ]
+
+
+STOPS_BEFORE_MOVING = """
+import sys, time
+from selfhost import _atomic, cli
+
+def stop(*_):
+    print("staged", flush=True)
+    time.sleep(60)
+
+_atomic.place_absent = stop
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_verify_passes_over_what_a_killed_fetch_left(
+    start: Any, run: Any, card_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The folder in which files were staged, in DIR or beside it, is nobody's extra file."""
+    (tmp_path / "all" / "plain").mkdir(parents=True)
+    fetch = start("fetch", card_file, "--to", tmp_path / "all" / "plain", script=STOPS_BEFORE_MOVING)
+    fetch.lines_until("staged")
+    fetch.end(number)
+    (left,) = (tmp_path / "all" / "plain").iterdir()
+    assert left.name.startswith(".tmp.")
+
+    lines = run("verify", card_file, tmp_path / "all" / "plain").stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {"missing"}

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import pytest
 
-from selfhost.cli_progress import (
+from selfhost.cli.progress import (
     REDRAW_SECONDS,
     PlainLines,
     TerminalLine,

@@ -11,7 +11,8 @@ from typing import Any, Callable
 
 import pytest
 
-from selfhost import CheckedFile, Checksum, ModelDeploymentCard, cli, cli_serve
+from selfhost import CheckedFile, Checksum, ModelDeploymentCard, cli
+from selfhost.cli.serve import serve_settings
 from selfhost.worker.self_check import fetch
 
 Start = Callable[..., Any]
@@ -113,7 +114,8 @@ def test_serve_prints_the_url_of_its_card(start: Start, model_dir: Path, store: 
 
 SIGNALS_AT_EVERY_STEP = """
 import os, signal, sys
-from selfhost import cli, cli_serve
+from selfhost import cli
+from selfhost.cli import serve
 from selfhost.worker.runtime import DistributedRuntime
 
 def signals_first(function):
@@ -124,7 +126,7 @@ def signals_first(function):
     return call
 
 for name in sys.argv[1].split():
-    owner = cli_serve if hasattr(cli_serve, name) else DistributedRuntime
+    owner = serve if hasattr(serve, name) else DistributedRuntime
     setattr(owner, name, signals_first(getattr(owner, name)))
 code = cli.main(sys.argv[2:])
 os.kill(os.getpid(), signal.SIGINT)
@@ -147,13 +149,14 @@ def test_serve_takes_signals_at_any_time(start: Start, model_dir: Path, store: P
 
 SLOW_LOADING = """
 import sys, time
-from selfhost import cli, cli_serve
+from selfhost import cli
+from selfhost.cli import serve
 
 def load(*_):
     print("loading", flush=True)
     time.sleep(60)
 
-cli_serve._load_all = load
+serve._load_all = load
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -217,7 +220,7 @@ def test_serve_address(
         monkeypatch.delenv(variable)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    settings = cli_serve.serve_settings(cli.make_parser().parse_args(["serve", "x", *flags]))
+    settings = serve_settings(cli.make_parser().parse_args(["serve", "x", *flags]))
 
     assert (settings.system_host, settings.system_port) == expected
     assert settings.self_host_metadata

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from selfhost import cli_support
+from selfhost.cli import support
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from selfhost import cli_support
 )  # fmt: skip
 def test_sizes(value: str, expected: int) -> None:
     """A letter and the binary units are powers of 1024, kB, MB and so on powers of 1000."""
-    assert cli_support.byte_count(value) == expected
+    assert support.byte_count(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_sizes(value: str, expected: int) -> None:
 )
 def test_ages(value: str, expected: float) -> None:
     """An age has a unit."""
-    assert cli_support.seconds(value) == expected
+    assert support.seconds(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_ages(value: str, expected: float) -> None:
 def test_what_is_no_size(value: str) -> None:
     """Anything that could be misread is refused."""
     with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 2GiB"):
-        cli_support.byte_count(value)
+        support.byte_count(value)
 
 
 @pytest.mark.parametrize("value", ["", "30", "d", "-1d", "30days", "1y", "1M2s"])
 def test_what_is_no_age(value: str) -> None:
     """A number alone may be anything, so it is nothing."""
     with pytest.raises(argparse.ArgumentTypeError, match="expected an age such as 30d"):
-        cli_support.seconds(value)
+        support.seconds(value)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_no_age(value: str) -> None:
 )
 def test_printable(value: str, expected: str) -> None:
     """What would move the cursor, forge a line or turn the text around is written as an escape."""
-    assert cli_support.printable(value) == expected
+    assert support.printable(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_printable(value: str, expected: str) -> None:
 )  # fmt: skip
 def test_human_bytes(count: int, expected: str) -> None:
     """Three or four digits, and a unit."""
-    assert cli_support.human_bytes(count) == expected
+    assert support.human_bytes(count) == expected

@@ -15,6 +15,7 @@ from selfhost.worker.answer import (
     answer_hit,
     evaluate_preconditions,
     find,
+    has_encoded_slash,
     if_range_holds,
     media_type,
     parse_range,
@@ -334,7 +335,9 @@ def test_fields_on_the_wire() -> None:
     ("target", "expected"),
     [
         ("/a/b", ("/a/b", "")),
-        ("/a%2Fb?c=%41&d", ("/a/b", "c=%41&d")),
+        ("/a%3Db?c=%41&d", ("/a=b", "c=%41&d")),
+        ("/a%2Fb/%2f?%2F", ("/a\0b/\0", "%2F")),  # no separator, and in no name
+        ("/%252F", ("/%2F", "")),
         ("/a?b?c", ("/a", "b?c")),
         ("/a%3Fb", ("/a?b", "")),
         ("/%E6%A8%A1", ("/模", "")),
@@ -348,6 +351,24 @@ def test_fields_on_the_wire() -> None:
 def test_targets_are_decoded_once(target: str, expected: tuple[str, str]) -> None:
     """The path is decoded exactly once, the query not at all."""
     assert split_target(target) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "has_one"),
+    [
+        ("/v1/metadata/m%2F_base", True),
+        ("/v1/metadata/m/_base%2fdigits.txt?a", True),
+        ("/v1/metadata%2Fm/_base", True),
+        ("/v1%2Fmetadata/m/_base", True),
+        ("/v1/metadata/m/_base", False),
+        ("/v1/metadata/m/_base/%252F", False),
+        ("/v1/metadata/m/_base?a=/v1/metadata/%2F", False),
+        ("http://h/a%2Fb/v1/metadata/m/_base", False),  # where the app is mounted is none of its business
+    ],
+)
+def test_encoded_slash_is_seen_in_the_raw_target(target: str, has_one: bool) -> None:
+    """What an application was not told by its PATH_INFO: whether a slash was an encoded one."""
+    assert has_encoded_slash(target) is has_one
 
 
 @pytest.mark.parametrize(

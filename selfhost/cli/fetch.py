@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Optional
 
-from .cli_cards import add_card, open_transports, read_card
-from .cli_progress import show_progress
-from .cli_support import add_command, path, print_path, printable
-from .errors import FetchError, SelfHostError, SettingsError
-from .settings import FrontendSettings
+from ..errors import Attempt, CardError, FetchError, ResolveError, SelfHostError
+from .cache_options import add_cache_root, add_lower_caches, open_cache, temporary_if_none
+from .cards import (
+    add_card,
+    checksums_of,
+    find_name,
+    is_card_url,
+    open_transports,
+    plain_name,
+    read_card,
+    shown_source,
+)
+from .progress import show_progress
+from .support import add_command, path, print_path, printable
 
 if TYPE_CHECKING:
-    from .card.checksum import Checksum
-    from .card.model_card import ModelDeploymentCard
-    from .cli_support import Commands
-    from .frontend.cache import BlobCache
-    from .frontend.transport import Transport
+    from ..card.checksum import Checksum
+    from ..card.model_card import ModelDeploymentCard
+    from ..frontend.transport import Transport
+    from .support import Commands
 
 logger = logging.getLogger(__name__)
+
+MAX_TEXT_CHARS = 400  # of what is told of one source; a card may have any number of faults
 
 FETCH_EXAMPLES = """\
 examples:
@@ -32,7 +44,8 @@ examples:
 
 It prints the directory in which every file is byte for byte what the card promises, so that
 `dir=$(selfhost fetch CARD)` works; everything else goes to stderr. Exit code 1 if a file is to be had from no
-source: then each attempt is told. A card says what its files must hash to, not who wrote it.
+source: then each attempt is told. A card says what its files must hash to, not who wrote it. If CARD is a URL
+that gives none, the first --replica that does takes its place. Names are those of the URLs, percent-encoded.
 """
 
 VERIFY_EXAMPLES = """\
@@ -42,6 +55,8 @@ examples:
 
 Prints a line for each file: ok, differs, missing, or extra for one that the card does not name. Exit code 1
 if one differs or is missing; extra files alone are none of the card's business (weights, most of the time).
+A percent-encoded name of the card stands for the plain one, too. What a `fetch --to` that was killed has left
+(.tmp.<pid>.<random>) is passed over; it can be removed.
 """
 
 
@@ -59,57 +74,80 @@ def add_fetch(commands: Commands) -> None:
     add("--to", metavar="DIR", type=path, help="copy the files into DIR, and print that")
     add("--offline", action="store_true", help="use no network: what the cache lacks is an error")
     add_cache_root(parser)
+    add_lower_caches(parser)
     how = "of files in the cache: always hash them, or trust a stamp of an earlier check (default: stamp)"
     add("--verify", choices=("always", "stamp"), default="stamp", help=how)
     below = "allow paths and file: URLs below DIR as sources; may be repeated (default: none)"
     add("--file-root", metavar="DIR", type=path, action="append", default=[], help=below)
 
 
-def add_cache_root(parser: argparse.ArgumentParser) -> None:
-    """Add --cache."""
-    where = "the cache's folder (DYN_MDC_CACHE, else ~/.cache/dynamo/mdc, which Dynamo uses, too)"
-    parser.add_argument("--cache", metavar="DIR", type=path, help=where)
-
-
-def open_cache(arguments: argparse.Namespace, **options: Any) -> BlobCache:
-    """Return the cache of --cache or of the environment; SettingsError where there is none that lasts."""
-    from .frontend.cache import BlobCache
-
-    root = arguments.cache or FrontendSettings.from_env().cache_root
-    if root is None:
-        accepted = "--cache DIR, DYN_MDC_CACHE or HOME"
-        message = f"there is no place to keep files in: set {accepted}"
-        raise SettingsError(message, variable="DYN_MDC_CACHE", value=None, accepted=accepted)
-    return BlobCache(root, **options)  # given by name: no temporary one takes its place
-
-
 def fetch(arguments: argparse.Namespace) -> None:
     """Fetch, verify and keep; print where the files are."""
-    from .frontend.resolver import MetadataResolver
+    with contextlib.ExitStack() as stack:
+        if arguments.to is not None:  # what is copied out needs no cache that lasts
+            stack.enter_context(temporary_if_none(arguments))
+        print_path(_fetch(arguments))
+
+
+def _fetch(arguments: argparse.Namespace) -> str:
+    from ..frontend.resolver import MetadataResolver
 
     with open_transports(arguments) as transports:
-        card = read_card(arguments.card, transports, offline=arguments.offline)
-        replicas = list(_read_replicas(arguments, transports))
-        cache = open_cache(arguments, verify=arguments.verify)
+        card, *replicas = _read_cards(arguments, transports)
+        cache = open_cache(arguments, verify=arguments.verify, lower=arguments.lower)
         resolver = MetadataResolver(cache, transports=transports, offline=arguments.offline)
         with resolver, show_progress() as progress:
             resolved = resolver.resolve(card, replicas=replicas, progress=progress)
-    if arguments.to is None:
-        print_path(resolved.local_dir)
-        return
+    to: Optional[str] = arguments.to
+    if to is None:
+        return resolved.local_dir
     with cache.hold(resolved.local_dir):
-        cache.export_model(checksums_of(card), arguments.to)
-    print_path(os.path.abspath(arguments.to))
+        cache.export_model(checksums_of(card), to)
+    return os.path.abspath(to)
 
 
-def _read_replicas(
+def _read_cards(
     arguments: argparse.Namespace, transports: Mapping[str, Transport]
-) -> Iterator[ModelDeploymentCard]:
-    for source in arguments.replica:
+) -> list[ModelDeploymentCard]:
+    """Return the card and those of the replicas, without URLs that give none: the first is the one to go by.
+
+    Raises ResolveError if all are such URLs, and whatever is wrong with a file at once: that is no matter of
+    who is up.
+    """
+    sources = [arguments.card, *arguments.replica]
+    cards: dict[str, ModelDeploymentCard] = {}
+    attempts: list[Attempt] = []
+    for source in sources:
+        started_at = time.monotonic()
         try:
-            yield read_card(source, transports, offline=arguments.offline)
-        except FetchError as error:  # a dead replica is what other replicas are for
-            logger.warning("the replica %r is left out: %s", source, error)
+            cards[source] = read_card(source, transports, offline=arguments.offline)
+        except (FetchError, CardError) as error:
+            if len(sources) == 1 or not is_card_url(source):
+                raise
+            attempts.append(Attempt(source, error, time.monotonic() - started_at))
+    if not cards:
+        raise _no_card(attempts)
+    for attempt in attempts:
+        url = shown_source(attempt.url)
+        if attempt.url == arguments.card:
+            first = shown_source(next(iter(cards)))
+            logger.warning("%s gives no card, that of %s takes its place: %s", url, first, _text(attempt))
+        else:
+            logger.warning("the replica %s is left out: %s", url, _text(attempt))
+    return list(cards.values())
+
+
+def _no_card(attempts: Sequence[Attempt]) -> ResolveError:
+    lines = [
+        f"  {shown_source(attempt.url)}: {_text(attempt)} ({attempt.seconds:.2f} s)" for attempt in attempts
+    ]
+    return ResolveError(
+        "\n".join(["cannot get a card from any of these:", *lines]), file="", attempts=attempts
+    )
+
+
+def _text(attempt: Attempt) -> str:
+    return " ".join(str(attempt.error)[:MAX_TEXT_CHARS].split())
 
 
 # ------------------------------------------------------------------ verify
@@ -127,7 +165,7 @@ def verify(arguments: argparse.Namespace) -> None:
     """Print a line for each file; raise SelfHostError if one is not what the card says."""
     with open_transports(arguments) as transports:
         wanted = checksums_of(read_card(arguments.card, transports))
-    extra = sorted(set(os.listdir(arguments.directory)) - set(wanted))
+    extra = _extra(arguments.directory, wanted)
     faults = [not _verify_file(arguments.directory, name, checksum) for name, checksum in wanted.items()]
     for name in extra:
         print(f"extra    {printable(name)}")
@@ -136,18 +174,18 @@ def verify(arguments: argparse.Namespace) -> None:
         raise SelfHostError(f"{sum(faults)} of {where} are missing or not what the card says")
 
 
-def checksums_of(card: ModelDeploymentCard) -> Mapping[str, Checksum]:
-    """Map the name of each file of the card to its checksum; CardError for names that no file can have."""
-    from .frontend.limits import ResolverLimits
-    from .frontend.wanted import wanted_by
+def _extra(directory: str, wanted: Iterable[str]) -> list[str]:
+    from ..frontend.names import is_staged
 
-    return wanted_by(card, ResolverLimits()).files
+    named = {found for name in wanted for found in (name, plain_name(name))}
+    return sorted(name for name in os.listdir(directory) if name not in named and not is_staged(name))
 
 
 def _verify_file(directory: str, name: str, expected: Checksum) -> bool:
     """Print what a file is, and tell whether that is what the card says."""
-    from .card.checksum import hash_file
+    from ..card.checksum import hash_file
 
+    name = find_name(directory, name)
     try:
         found, size = hash_file(os.path.join(directory, name))
     except FileNotFoundError:

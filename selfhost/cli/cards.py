@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Optional
 
-from .cli_support import path
-from .errors import CardError, SettingsError
+from ..errors import CardError, SettingsError, shown_url
+from .support import bytes_of, path
 
 if TYPE_CHECKING:
-    from .card.model_card import ModelDeploymentCard
-    from .frontend.transport import Bytes, Transport
+    from ..card.checksum import Checksum
+    from ..card.model_card import ModelDeploymentCard
+    from ..frontend.transport import Bytes, Transport
 
 MAX_CARD_BYTES = 16 << 20  # a card has some kilobytes; one with a thousand files, a few hundred
 
@@ -35,7 +37,7 @@ def add_card(parser: argparse.ArgumentParser) -> None:
 
 
 def _peer(value: str) -> str:
-    from .frontend.peer_policy import AllowList
+    from ..frontend.peer_policy import AllowList
 
     try:
         AllowList(value)
@@ -50,9 +52,9 @@ def open_transports(arguments: argparse.Namespace) -> Iterator[dict[str, Transpo
 
     Raises SettingsError, OSError.
     """
-    from .frontend.peer_policy import AllowList, not_link_local
-    from .frontend.transport_http import tls_context
-    from .frontend.transports import default_transports
+    from ..frontend.peer_policy import AllowList, not_link_local
+    from ..frontend.transport_http import tls_context
+    from ..frontend.transports import default_transports
 
     files = {"ca_file": arguments.ca, "cert_file": arguments.cert, "key_file": arguments.key}
     transports = default_transports(
@@ -78,25 +80,37 @@ def read_card(
 
     Raises CardError for what is no card or larger than `MAX_CARD_BYTES`, OSError, FetchError.
     """
-    from .card.model_card import ModelDeploymentCard
+    from ..card.model_card import ModelDeploymentCard
 
     text = _read(source, transports, offline=offline)
     if len(text) > MAX_CARD_BYTES:
-        raise CardError(f"{source!r} is no card: it has more than {MAX_CARD_BYTES} bytes", value=source)
+        raise CardError(
+            f"{shown_source(source)} is no card: it has more than {MAX_CARD_BYTES} bytes", value=source
+        )
     try:
         if _is_record(text):
             return ModelDeploymentCard.from_record(text)
         return ModelDeploymentCard.from_json(text)
     except CardError as error:
         raise CardError(
-            f"{source!r} is no card that can be used: {error}",
+            f"{shown_source(source)} is no card that can be used: {error}",
             field=error.field, value=error.value, issues=error.issues,
         ) from error  # fmt: skip
 
 
+def is_card_url(source: str) -> bool:
+    """Tell whether a card is to be fetched, not read."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+def shown_source(source: str) -> str:
+    """Return where a card comes from as messages show it: without what may be a secret in a URL."""
+    return shown_url(source) if is_card_url(source) else repr(source)
+
+
 def _is_record(text: bytes) -> bool:
     """Tell whether this is a discovery record with a card in it, as the file store keeps them."""
-    from .card import json_text
+    from ..card import json_text
 
     value = json_text.loads(text)
     return isinstance(value, dict) and "card_json" in value and "display_name" not in value
@@ -104,16 +118,16 @@ def _is_record(text: bytes) -> bool:
 
 def _read(source: str, transports: Mapping[str, Transport], *, offline: bool) -> bytes:
     """Return the text, or a little more of it than a card may have."""
-    from .card import url as urls
+    from ..card import url as urls
 
     if source == "-":
-        return sys.stdin.buffer.read(MAX_CARD_BYTES + 1)
-    if not source.lower().startswith(("http://", "https://")):
+        return bytes_of(sys.stdin, "stdin").read(MAX_CARD_BYTES + 1)
+    if not is_card_url(source):
         with open(source, "rb") as file:
             return file.read(MAX_CARD_BYTES + 1)
     if offline:
         raise SettingsError(
-            f"the card {source!r} cannot be fetched offline: give a file that holds it",
+            f"the card {shown_source(source)} cannot be fetched offline: give a file that holds it",
             variable="CARD", value=source, accepted="a file, or - for stdin",
         )  # fmt: skip
     memory = _Memory()
@@ -147,3 +161,30 @@ class _Memory:
         """Forget all bytes."""
         self.validator = None
         self._pieces.clear()
+
+
+# ------------------------------------------------------------------ the files of a card
+
+
+def checksums_of(card: ModelDeploymentCard) -> Mapping[str, Checksum]:
+    """Map the name of each file of the card to its checksum; CardError for names that no file can have."""
+    from ..frontend.limits import ResolverLimits
+    from ..frontend.wanted import wanted_by
+
+    return wanted_by(card, ResolverLimits()).files
+
+
+def plain_name(name: str) -> str:
+    """Return what the model's own directory calls a file: in a card with URLs names are percent-encoded.
+
+    It is a component of a path, too: names are judged in both forms.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    return os.fsdecode(unquote_to_bytes(name))
+
+
+def find_name(directory: str, name: str) -> str:
+    """Return by which name a directory has a file of the card: as the card has it, else the plain one."""
+    names = (name, plain_name(name))
+    return next((found for found in names if os.path.lexists(os.path.join(directory, found))), name)

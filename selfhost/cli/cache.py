@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Callable
 
-from .cli_cards import add_card, open_transports, read_card
-from .cli_fetch import add_cache_root, checksums_of, open_cache
-from .cli_support import add_command, byte_count, human_bytes, print_path, printable, seconds
-from .errors import SelfHostError
+from ..errors import SelfHostError
+from .cache_options import add_cache_root, open_cache
+from .cards import add_card, checksums_of, find_name, open_transports, read_card
+from .support import add_command, byte_count, human_bytes, is_terminal, print_path, printable, seconds
 
 if TYPE_CHECKING:
-    from .cli_support import Commands
-    from .frontend.cache import BlobCache
+    from ..frontend.cache import BlobCache
+    from .support import Commands
 
 LS_EXAMPLES = """\
 examples:
@@ -48,15 +48,17 @@ examples:
   selfhost cache verify
   selfhost cache verify --cache /srv/mdc && echo clean
 
-Reads and hashes every file. A wrong one is set aside, so that it is fetched again, and the exit code is 1.
+Reads and hashes every file. A wrong one is set aside, so that it is fetched again (or told to be still in
+place, where the cache can only be read), and the exit code is 1.
 """
 
 IMPORT_EXAMPLES = """\
 examples:
   selfhost cache import card.json ./my-model    on a host without a network; then `fetch --offline` finds it
 
-The directory is one that `selfhost fetch CARD --to DIR` made elsewhere, or any with the card's files. Prints
-the model's directory in the cache.
+The directory is one that `selfhost fetch CARD --to DIR` made elsewhere, or any with the card's files, such as
+the worker's own: a percent-encoded name stands for the plain one, too. Prints the model's directory in the
+cache.
 """
 
 
@@ -102,7 +104,7 @@ def _open_cache(arguments: argparse.Namespace) -> BlobCache:
 
 def _sizes(arguments: argparse.Namespace) -> Callable[[int], str]:
     """Return what writes a size: for people on a terminal, exactly elsewhere."""
-    return human_bytes if sys.stdout.isatty() and not arguments.bytes else str
+    return human_bytes if is_terminal(sys.stdout) and not arguments.bytes else str
 
 
 # ------------------------------------------------------------------ the commands
@@ -112,7 +114,7 @@ def ls(arguments: argparse.Namespace) -> None:
     """Print a line for each model."""
     size = _sizes(arguments)
     rows = [("SLUG", "MDCSUM", "FILES", "BYTES", "LAST USED")]
-    for model in _open_cache(arguments).models():
+    for model in reversed(_open_cache(arguments).models()):
         last_use = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.last_use))
         rows.append((model.slug or "-", model.mdcsum, str(model.files), size(model.bytes), last_use))
     _print_table(rows)
@@ -159,12 +161,15 @@ def verify(arguments: argparse.Namespace) -> None:
     for checksum in wrong:
         print(f"wrong  {checksum}")
     if wrong:
-        raise SelfHostError(f"wrong blobs in {cache.root!r}, now set aside: {len(wrong)}")
+        left = sum(os.path.lexists(os.path.join(cache.root, "blobs", checksum.hex)) for checksum in wrong)
+        counts = {"now set aside": len(wrong) - left, "still in place, as they cannot be moved": left}
+        told = "; ".join(f"{what}: {count}" for what, count in counts.items() if count)
+        raise SelfHostError(f"wrong blobs in {cache.root!r}, {told}")
 
 
 def import_model(arguments: argparse.Namespace) -> None:
     """Copy a card's files into the cache, verified; print the model's directory there."""
-    from .frontend.cache import ModelKey
+    from ..frontend.cache import ModelKey
 
     with open_transports(arguments) as transports:
         card = read_card(arguments.card, transports)
@@ -172,5 +177,6 @@ def import_model(arguments: argparse.Namespace) -> None:
     cache = open_cache(arguments)
     for name, checksum in files.items():
         if cache.find(checksum) is None:
-            cache.import_blob(os.path.join(arguments.directory, name), checksum)
+            path = os.path.join(arguments.directory, find_name(arguments.directory, name))
+            cache.import_blob(path, checksum)
     print_path(cache.publish_model(ModelKey(card.slug, card.mdcsum), files))

@@ -10,7 +10,9 @@ import argparse
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, BinaryIO, Callable, Optional, TextIO
+
+from ..errors import SelfHostError
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -101,8 +103,30 @@ def human_bytes(count: float) -> str:
 
 def print_path(value: str) -> None:
     """Print a path on stdout as the file system has it, whatever the terminal's encoding is."""
+    print_bytes(os.fsencode(value))
+
+
+def print_bytes(line: bytes) -> None:
+    """Print a line on stdout as it is; raise SelfHostError if there is no stdout."""
     flush()
-    sys.stdout.buffer.write(os.fsencode(value) + b"\n")
+    bytes_of(sys.stdout, "stdout").write(line + b"\n")
+
+
+def bytes_of(stream: Optional[TextIO], name: str) -> BinaryIO:
+    """Return what carries the bytes of stdin or stdout, or raise SelfHostError.
+
+    The interpreter has None in place of a stream that was closed when the process started, and whoever calls
+    `main` may have put one there that takes text only.
+    """
+    buffer: Optional[BinaryIO] = getattr(stream, "buffer", None)
+    if buffer is None:
+        raise SelfHostError(f"{name} is {'closed' if stream is None else 'no stream of bytes'}")
+    return buffer
+
+
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Tell whether people read this stream; nobody reads one that is closed."""
+    return stream is not None and stream.isatty()
 
 
 def flush() -> None:

@@ -18,15 +18,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
-from . import __version__
-from .cli_cache import add_cache
-from .cli_fetch import add_fetch, add_verify
-from .cli_serve import add_card, add_serve
-from .cli_support import add_command, flush, printable
-from .errors import ResolveError, SelfHostError
+from .. import __version__
+from ..errors import ResolveError, SelfHostError
+from .cache import add_cache
+from .fetch import add_fetch, add_verify
+from .serve import add_card, add_serve
+from .support import add_command, flush, printable
 
 if TYPE_CHECKING:
-    from .cli_support import Commands
+    from .support import Commands
 
 MAX_ERROR_CHARS = 4000  # of a card in which everything is wrong nobody reads more
 
@@ -75,7 +75,7 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from . import demo
+    from .. import demo
 
     demo.run(keep=arguments.keep)
 
@@ -97,6 +97,8 @@ def _log_to_stderr(level: int) -> None:
 
 
 def _fail(message: str) -> int:
+    if sys.stderr is None:  # closed: print would take stdout in its place
+        return 1
     with contextlib.suppress(OSError):
         print(f"selfhost: error: {message}", file=sys.stderr, flush=True)
     return 1
@@ -113,5 +115,5 @@ def _text_of(error: BaseException) -> str:
 
 def _discard_stdout() -> None:
     """Let the interpreter's last flush go nowhere, where it cannot fail again."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: there is none
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,18 +11,17 @@ import dataclasses
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Optional
 
-from .cli_support import add_command, flush, text
-from .errors import SettingsError
-from .settings import Settings
+from ..errors import SettingsError
+from ..settings import Settings
+from .support import add_command, print_bytes, text
 
 if TYPE_CHECKING:
-    from .cli_support import Commands
-    from .worker.local_model import LocalModel
+    from ..worker.local_model import LocalModel
+    from .support import Commands
 
 SERVE_HOST = "127.0.0.1"  # nobody else is let in unasked
 SERVE_PORT = 9090  # fixed, so that the URLs are the same after a restart
@@ -100,7 +99,7 @@ def _port(value: str) -> int:
 
 
 def _base_url(value: str) -> str:
-    from .worker.advertise import AdvertisedAddress
+    from ..worker.advertise import AdvertisedAddress
 
     try:
         return AdvertisedAddress.parse(value, variable="--advertise").base_url
@@ -128,15 +127,14 @@ def _name(arguments: argparse.Namespace) -> str:
 
 def print_card(arguments: argparse.Namespace) -> None:
     """Print the card of a model directory, or of an adapter on it."""
-    from .card.model_dir import load_card
-    from .card.model_type import WorkerType
+    from ..card.model_dir import load_card
+    from ..card.model_type import WorkerType
 
     loaded = load_card(arguments.directory, name=_name(arguments), custom_template=arguments.template)
     loaded = dataclasses.replace(loaded, worker_type=WorkerType.Aggregated)
     if arguments.lora is not None:
         loaded = loaded.derive_lora(arguments.lora)
-    flush()
-    sys.stdout.buffer.write(loaded.to_json().encode() + b"\n")  # JSON is UTF-8, whatever the terminal is
+    print_bytes(loaded.to_json().encode())  # JSON is UTF-8, whatever the terminal is
 
 
 # ------------------------------------------------------------------ serve
@@ -144,7 +142,7 @@ def print_card(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model directory until a signal ends it; then withdraw and close."""
-    from .worker.runtime import DistributedRuntime
+    from ..worker.runtime import DistributedRuntime
 
     with _EndingSignals() as ending:
         settings = serve_settings(arguments)
@@ -243,8 +241,8 @@ def serve_settings(arguments: argparse.Namespace) -> Settings:
 
 def _load_all(arguments: argparse.Namespace) -> list[LocalModel]:
     """Load the model, then make each adapter on it with the same pinned files."""
-    from .card.model_type import WorkerType
-    from .worker.local_model import LocalModel
+    from ..card.model_type import WorkerType
+    from ..worker.local_model import LocalModel
 
     loaded = LocalModel.load(arguments.directory, name=_name(arguments), custom_template=arguments.template)
     card = dataclasses.replace(loaded.card, worker_type=WorkerType.Aggregated)

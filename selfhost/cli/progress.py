@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, Optional, TextIO
 
-from .cli_support import human_bytes, printable
+from .support import human_bytes, printable
 
 if TYPE_CHECKING:
-    from .frontend.progress import Progress
+    from ..frontend.progress import Progress
 
 REDRAW_SECONDS = 0.1  # between two drawings: more often is for nobody, and costs on slow terminals
 RATE_AFTER_SECONDS = 0.5  # earlier it says nothing
