@@ -15,8 +15,8 @@ import errno
 import os
 from collections.abc import Iterator
 
-# What link() says on a file system without hard links (FAT, some FUSE and network mounts).
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+# What link() and symlink() say on a file system without them (FAT, some FUSE and network mounts).
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def place_absent(staged_path: str, target: str) -> None:
         if not os.path.samefile(staged_path, target):  # the same: NFS lost the reply and asked again
             raise
     except OSError as err:
-        if err.errno not in _NO_LINKS:
+        if err.errno not in NO_LINKS:
             raise
         _claim_and_replace(staged_path, target)
 

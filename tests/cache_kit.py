@@ -1,5 +1,5 @@
-"""What the tests of the cache share: filling one, looking at what lies in one, and one scenario that is run
-again and again while things go wrong.
+"""What the tests of the cache share: filling one, looking at what lies in one, other clocks for the file
+system, and two scenarios that are run again and again while things go wrong.
 
     python cache_kit.py ROOT     runs the scenario; exit code 3 for a CacheError
 """
@@ -11,13 +11,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Optional
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from selfhost.card.checksum import Checksum
 from selfhost.errors import CacheError
+from selfhost.frontend import stamps
 from selfhost.frontend.cache import BlobCache, ModelKey
+
+if TYPE_CHECKING:
+    import pytest
 
 HOUR = 3600.0
 MODEL = ModelKey("llama", "a" * 64)
@@ -49,10 +55,47 @@ class Clock:
         return time.time() + self.ahead
 
 
+def date_each_change(patch: pytest.MonkeyPatch) -> None:
+    """Let this process see that each fchmod is dated anew, however coarse the file system's clock is."""
+    changes: Counter[int] = Counter()
+    fchmod, fstat = os.fchmod, os.fstat
+
+    def change(fd: int, mode: int) -> None:
+        fchmod(fd, mode)
+        changes[fstat(fd).st_ino] += 1
+
+    patch.setattr(os, "fchmod", change)
+    _see(patch, lambda status: {"st_ctime_ns": status.st_ctime_ns + changes[status.st_ino]})
+
+
+def date_all_changes_alike(patch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Let this process see that nothing changes the date of a file; return a clock that has stopped, too.
+
+    So all that happens seems to happen within one tick.
+    """
+    now = time.time_ns()
+    dates = {"st_ctime_ns": now, "st_mtime_ns": now, "st_ctime": now / 1e9, "st_mtime": now / 1e9}
+    _see(patch, lambda status: dates)
+    return lambda: now / 1e9
+
+
+def _see(patch: pytest.MonkeyPatch, difference: Callable[[os.stat_result], Mapping[str, float]]) -> None:
+    """Let os.stat and os.fstat tell something else."""
+    for name in ("stat", "fstat"):
+        function = getattr(os, name)
+
+        def look(*args: Any, function: Any = function, **options: Any) -> SimpleNamespace:
+            status = function(*args, **options)
+            seen = {key: getattr(status, key) for key in dir(status) if key.startswith("st_")}
+            return SimpleNamespace(**{**seen, **difference(status)})
+
+        patch.setattr(os, name, look)
+
+
 def put(cache: BlobCache, data: bytes) -> Checksum:
     """Publish these bytes; return their checksum."""
     checksum = Checksum.of(data)
-    with cache.write(checksum, len(data)) as writer:
+    with cache.write(checksum) as writer:
         writer.write(data)
         writer.publish("test")
     return checksum
@@ -112,11 +155,25 @@ def scenario(root: str, clock: Callable[[], float] = time.time) -> dict[str, byt
                 _fetch(cache, checksum, DATA[name])
     path = cache.find_model(MODEL, files) or cache.publish_model(MODEL, files)
     with cache.hold(path):
+        BlobCache(root, clock=lambda: clock() + 2 * HOUR).find_model(MODEL, files)  # a use to be written down
         return {name: Path(path, name).read_bytes() for name in os.listdir(path)}
 
 
+def resolve(root: str, url: str, clock: Callable[[], float] = time.time) -> dict[str, bytes]:
+    """Resolve the card of a model whose files are found below `url`; return those of its directory."""
+    import helpers
+
+    from selfhost.frontend.limits import ResolverLimits
+    from selfhost.frontend.resolver import MetadataResolver
+
+    limits = ResolverLimits(connections=1)  # so that the calls come in the same order each time
+    with MetadataResolver(BlobCache(root, clock=clock), limits=limits) as resolver:
+        path = resolver.resolve(helpers.make_card(DATA, url)).local_dir
+    return {name: Path(path, name).read_bytes() for name in os.listdir(path)}
+
+
 def _fetch(cache: BlobCache, checksum: Checksum, data: bytes) -> None:
-    with cache.write(checksum, len(data)) as writer:
+    with cache.write(checksum) as writer:
         writer.write(b"of another version")
         writer.restart()
         half = len(data) // 2
@@ -126,6 +183,7 @@ def _fetch(cache: BlobCache, checksum: Checksum, data: bytes) -> None:
 
 
 if __name__ == "__main__":
+    stamps._finely_dated = os.fstat  # so that the calls are the same each time, however slow they are made
     try:
         sys.exit(0 if scenario(sys.argv[1]) == DATA else 1)
     except CacheError as err:

@@ -106,7 +106,7 @@ def hash_file(path: PathLike) -> tuple[Checksum, int]:
         before = os.fstat(fd)
         _require_regular(before.st_mode, path)
         checksum, size = hash_fd(fd, before.st_size)
-        if size != before.st_size or _stamp(os.fstat(fd)) != _stamp(before):
+        if size != before.st_size or stamp_of(os.fstat(fd)) != stamp_of(before):
             raise OSError(errno.EBUSY, "changed while it was hashed", os.fspath(path))
     finally:
         os.close(fd)
@@ -160,8 +160,8 @@ def _require_regular(mode: int, path: PathLike) -> None:
     raise OSError(code, "not a regular file", os.fspath(path))
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what changes when a file does; ctime cannot be set back by whoever writes."""
+def stamp_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what changes when a file does: inode, size, mtime, ctime."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

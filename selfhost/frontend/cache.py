@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Callable, Literal, Optional, Union
 
 from ..card.checksum import Checksum
 from .blob_writer import BlobWriter
-from .blobs import Blobs, Verifier
+from .blobs import Blobs
 from .folders import BLOBS, OpenRoot, Root, attempt, cannot
-from .locks import Locks
+from .locks import Locks, hold_folder
 from .model_dirs import BlobMissing, ModelDirs, ModelKey
-from .reap import reap_some
 from .roots import choose_root
-from .stamps import Stamps
+from .stamps import Verifier
 
 if TYPE_CHECKING:  # what only housekeeping needs is loaded by it
     from .collect import Collected
@@ -79,8 +78,7 @@ class BlobCache:
             raise ValueError(f"verify={verify!r}: expected 'stamp' or 'always'")
         self._root, found = choose_root(None if root is None else os.fspath(root), fsync=fsync)
         lowers = [*(Root(os.fspath(path), is_lower=True) for path in lower), *found]
-        self._stamps = Stamps()
-        verifier = Verifier(self._stamps, always=verify == "always", clock=clock)
+        verifier = Verifier(always=verify == "always", clock=clock)
         self._layers = [Blobs(layer, verifier) for layer in (self._root, *lowers)]
         self._locks = Locks(self._root, seconds=lock_seconds, clock=monotonic, sleep=sleep)
         self._models = ModelDirs(self._root, self._layers, verifier, links=links, clock=clock)
@@ -116,16 +114,11 @@ class BlobCache:
         except FileNotFoundError:  # somebody removed it all; the next writer makes it again
             return None
 
-    def write(self, checksum: Checksum, size: Optional[int] = None) -> BlobWriter:
-        """Return a writer for this blob, to be used in a `with`: what it does not publish is gone after it.
-
-        `size` is what the card says, in bytes; it decides nothing.
-        """
-        del size  # nothing is reserved, see blob_writer.py; the transport stops at the cap
+    def write(self, checksum: Checksum) -> BlobWriter:
+        """Return a writer for this blob, for a `with`: what it does not publish is gone afterwards."""
         return BlobWriter(
             checksum,
             blobs=self._layers[0],
-            stamps=self._stamps,
             open_root=self._open_for_writing,
             fsync=self._root.fsync,
         )
@@ -136,6 +129,8 @@ class BlobCache:
             opened[BLOBS]
             if not self._has_reaped:
                 self._has_reaped = True
+                from .reap import reap_some
+
                 reap_some(opened, self._clock())
         except BaseException:
             opened.close()
@@ -164,12 +159,17 @@ class BlobCache:
             return import_file(os.fspath(path), writer)
 
     def verify(self) -> list[Checksum]:
-        """Hash every blob of the own root again; set aside those that are wrong, and return them."""
+        """Hash every blob of the own root again, and return those that are wrong.
+
+        They are set aside where that is possible, which a warning tells for each; where it is not (a cache
+        that can only be read), it tells why, and the blob is still at its place.
+        """
         wrong = []
-        with attempt("verify the cache", self.root), self._root.open() as own:
-            folder = own.get(BLOBS)
+        with attempt("verify the cache", self.root), contextlib.ExitStack() as stack:
+            own = self._open_for_reading(stack)
+            folder = None if own is None else own.get(BLOBS)
             for hex in sorted(self._inventory().blobs):
-                if folder is not None and not self._layers[0].rehash(hex, folder, own):
+                if folder is not None and self._layers[0].rehash(hex, folder, own) is False:
                     wrong.append(Checksum(hex))
         return wrong
 
@@ -196,7 +196,7 @@ class BlobCache:
 
         Raises CacheError if the directory is gone. Costs a descriptor, which a forked child shares.
         """
-        return self._models.hold(model_dir)
+        return hold_folder(model_dir)
 
     def export_model(self, files: Mapping[str, Checksum], directory: Path) -> None:
         """Copy these files, verified while they are copied, into a plain directory.

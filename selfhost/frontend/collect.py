@@ -8,7 +8,8 @@ The worst cases, all of which end in a file being fetched again: a Dynamo fronte
 locks, links an old blob that nothing referred to in the very moment in which it goes; a model that somebody
 uses without holding it was not asked for in all the time that it takes to be old; there are no locks, and
 somebody reads from a directory that is held. Where the file system refuses to lock directories at all (NFS),
-nobody can tell who holds what, and models are never removed.
+nobody can tell who holds what, and models are never removed. While a folder of models cannot be read, no blob
+is: one of them may refer to it.
 
 Times are the file system's: when a directory was last used (its mtime) or a blob made (its ctime). The clock
 may have been wrong when they were written: what lies in the future counts as used now and is dated so, which
@@ -25,11 +26,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, Optional
 
-from .folders import BLOBS, STAMPS, Folder, OpenRoot
-from .inventory import BlobFile, Inventory, ModelDir, take_inventory
-from .model_dirs import USE_SECONDS, ModelKey, remove_folder
+from ..errors import CacheError
+from .folders import BLOBS, BY_SLUG, SHORTAGE, STAMPS, Folder, OpenRoot, remove_folder
+from .inventory import GRACE_SECONDS, BlobFile, Inventory, ModelDir, take_inventory
+from .model_dirs import USE_SECONDS, ModelKey
 from .names import staged_name
-from .reap import GRACE_SECONDS, reap
+from .reap import reap
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,10 @@ def collect(
     chosen = _choose(opened, found, now, max_bytes, max_age_seconds, set(keep))
     if dry_run:
         models = list(chosen)
-        left = [model for model in found.models if model not in models]
+        left = found.without(models)
     else:
         models = [model for model in chosen if _remove_model(opened, model)]
-        left = take_inventory(opened).models
+        left = take_inventory(opened)
     garbage = [blob for blob in _unreferenced(found, left, now) if _remove_blob(opened, blob, dry_run)]
     freed = sum(blob.bytes for blob in garbage) + sum(model.copied_bytes for model in models)
     return Collected(
@@ -91,8 +93,8 @@ def _choose(
     keep: Collection[ModelKey],
 ) -> Iterator[ModelDir]:
     """Yield the models that may and should go, least recently used first."""
-    users = Counter(hex for model in found.models for hex in model.links)
-    total = _bytes_of(found) - sum(blob.bytes for blob in _unreferenced(found, found.models, now))
+    users = Counter(hex for model in found.models for hex in model.references)
+    total = _bytes_of(found) - sum(blob.bytes for blob in _unreferenced(found, found, now))
     for model in sorted(found.models, key=lambda model: model.used):
         idle = now - model.used - USE_SECONDS  # at least: a use is written down once an hour
         is_old = max_age_seconds is not None and idle > max_age_seconds
@@ -105,8 +107,8 @@ def _choose(
         ):
             continue
         yield model
-        users.subtract(model.links)
-        freed = [found.blobs[hex] for hex in model.links if not users[hex] and hex in found.blobs]
+        users.subtract(model.references)
+        freed = [found.blobs[hex] for hex in model.references if not users[hex] and hex in found.blobs]
         total -= model.copied_bytes + sum(blob.bytes for blob in freed if _is_grown(blob, now))
 
 
@@ -115,9 +117,11 @@ def _bytes_of(found: Inventory) -> int:
     return blobs + sum(model.copied_bytes for model in found.models)
 
 
-def _unreferenced(found: Inventory, models: Iterable[ModelDir], now: float) -> list[BlobFile]:
-    """Return the blobs that none of the models refers to and that are not young."""
-    wanted = {hex for model in models for hex in model.links}
+def _unreferenced(found: Inventory, left: Inventory, now: float) -> list[BlobFile]:
+    """Return the blobs that no model that is left refers to and that are not young."""
+    if found.unreadable or left.unreadable:
+        return []
+    wanted = {hex for model in left.models for hex in model.references}
     return [blob for hex, blob in found.blobs.items() if hex not in wanted and _is_grown(blob, now)]
 
 
@@ -128,10 +132,12 @@ def _is_grown(blob: BlobFile, now: float) -> bool:
 def _is_free(opened: OpenRoot, model: ModelDir) -> bool:
     """Whether nobody holds the model; False where that cannot be told."""
     try:
-        with opened[model.parent].open(model.key.mdcsum) as folder:
+        with opened.visit(model.path) as folder:
             return _can_lock(folder)
-    except OSError:  # gone meanwhile
+    except FileNotFoundError:
         return False
+    except (OSError, CacheError) as err:
+        return _stays(model.path, err)
 
 
 def _can_lock(folder: Folder) -> bool:
@@ -152,24 +158,48 @@ def _remove_model(opened: OpenRoot, model: ModelDir) -> bool:
     """Remove a model's directory, unless somebody has come to use it; whether it is gone comes back."""
     hidden = staged_name()
     try:
-        parent = opened[model.parent]
-        with parent.open(model.key.mdcsum) as folder:
-            if folder.mtime != model.used or not _can_lock(folder):
+        with opened.visit(model.parent) as parent:
+            if not _hide(parent, model, hidden):
                 return False
-            os.rename(model.key.mdcsum, hidden, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
-        logger.info("removed the model %r: last used %s", folder.path, model.used)
-        with contextlib.suppress(OSError):  # what stays of it is reaped
-            remove_folder(parent, hidden)
-        above, _, slug = model.parent.rpartition("/")
-        if above:
+            with contextlib.suppress(OSError, CacheError):  # what stays of it is reaped
+                remove_folder(parent, hidden)
+        if model.parent != BY_SLUG:
             with contextlib.suppress(OSError):  # there are more models of that name
-                os.rmdir(slug, dir_fd=opened[above].fd)
+                os.rmdir(model.key.slug, dir_fd=opened[BY_SLUG].fd)
     except FileNotFoundError:
         return False
-    except OSError as err:
-        logger.warning("cannot remove the model %r: %s", model.key, err)
-        return False
+    except (OSError, CacheError) as err:
+        return _stays(model.path, err)
+    logger.info("removed the model %r: last used %s", model.path, model.used)
     return True
+
+
+def _hide(parent: Folder, model: ModelDir, hidden: str) -> bool:
+    """Take away a model's name, unless the model is in use; whether that was done is what comes back.
+
+    Looks for a use before and after: who finds a model writes down the use first, then looks whether it still
+    has its name, so that one of the two sees the other.
+    """
+    name = model.key.mdcsum
+    with parent.open(name) as folder:
+        if folder.mtime != model.used or not _can_lock(folder):
+            return False
+        os.rename(name, hidden, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+        if os.fstat(folder.fd).st_mtime == model.used:
+            return True
+        try:
+            os.rename(hidden, name, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+        except OSError:  # somebody has made it anew
+            return True
+        return False
+
+
+def _stays(what: str, err: Exception) -> bool:
+    """Warn that something cannot be removed; False. Raise an error that says nothing about it."""
+    if isinstance(err, OSError) and err.errno in SHORTAGE:
+        raise err
+    logger.warning("cannot remove %r: %s", what, err)
+    return False
 
 
 def _remove_blob(opened: OpenRoot, blob: BlobFile, dry_run: bool) -> bool:
@@ -180,12 +210,14 @@ def _remove_blob(opened: OpenRoot, blob: BlobFile, dry_run: bool) -> bool:
     try:
         if os.stat(blob.name, dir_fd=folder.fd, follow_symlinks=False).st_ctime != blob.since:
             return False
-        os.unlink(blob.name, dir_fd=folder.fd)
+        if blob.is_folder:
+            remove_folder(folder, blob.name)
+        else:
+            os.unlink(blob.name, dir_fd=folder.fd)
     except FileNotFoundError:
         return False
-    except OSError as err:
-        logger.warning("cannot remove %r: %s", f"{folder.path}/{blob.name}", err)
-        return False
+    except (OSError, CacheError) as err:
+        return _stays(f"{folder.path}/{blob.name}", err)
     stamps = opened.optional(STAMPS)
     if stamps is not None:
         with contextlib.suppress(OSError):
@@ -198,12 +230,12 @@ def _date_what_is_from_the_future(opened: OpenRoot, found: Inventory, now: float
     late = [(model.parent, model.key.mdcsum) for model in found.models if model.used > now]
     late += [(left.parent, left.name) for left in found.leftovers if left.touched > now]
     for parent, name in late:
-        with contextlib.suppress(OSError):
-            os.utime(name, (now, now), dir_fd=opened[parent].fd, follow_symlinks=False)
+        with contextlib.suppress(OSError), opened.visit(parent) as folder:
+            os.utime(name, (now, now), dir_fd=folder.fd, follow_symlinks=False)
     for blob in [*found.blobs.values(), *found.set_aside]:
         if blob.since > now + GRACE_SECONDS:  # any change of its times sets its ctime; the stamp goes with it
             with contextlib.suppress(OSError):
-                folder = opened[BLOBS].fd
-                status = os.stat(blob.name, dir_fd=folder, follow_symlinks=False)
+                blobs = opened[BLOBS].fd
+                status = os.stat(blob.name, dir_fd=blobs, follow_symlinks=False)
                 times = (status.st_atime_ns, status.st_mtime_ns)
-                os.utime(blob.name, ns=times, dir_fd=folder, follow_symlinks=False)
+                os.utime(blob.name, ns=times, dir_fd=blobs, follow_symlinks=False)

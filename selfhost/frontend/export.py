@@ -17,9 +17,8 @@ from ..card.checksum import Checksum, hash_file
 from ..errors import CacheError
 from .blob_writer import BlobWriter
 from .blobs import Blobs
-from .copying import copy_and_hash
-from .folders import OpenRoot, reason_of, sync_folder
-from .model_dirs import BlobMissing, open_blob
+from .folders import OpenRoot, reason_of, sync
+from .model_dirs import BlobMissing
 from .names import as_file_name, staged_name
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -118,18 +117,14 @@ def _copy_all(staged: str, files: Mapping[str, Checksum], layers: Sequence[Blobs
 
 
 def _copy(path: str, checksum: Checksum, holder: Blobs, own: OpenRoot) -> None:
-    source = open_blob(holder, checksum.hex, own)
+    target = os.open(path, _CREATE, 0o666)
     try:
-        target = os.open(path, _CREATE, 0o666)
-        try:
-            copied = copy_and_hash(source, target)
-            if own.fsync:
-                os.fsync(target)
-        finally:
-            os.close(target)
+        is_right = holder.copy(checksum.hex, target, own)
+        if own.fsync:
+            os.fsync(target)
     finally:
-        os.close(source)
-    if copied != checksum:
+        os.close(target)
+    if not is_right:
         blob = holder.path_of(checksum.hex)
         message = f"cannot export {blob!r}: it changed while it was copied"
         raise BlobMissing(message, path=blob, checksums=[checksum])
@@ -139,7 +134,7 @@ def _sync(directory: str, own: OpenRoot) -> None:
     if own.fsync:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            sync_folder(fd)
+            sync(fd)
         finally:
             os.close(fd)
 

@@ -32,6 +32,9 @@ _GROUP_WRITES, _OTHERS_WRITE, _OTHERS_ENTER = 0o020, 0o002, 0o011
 # What fsync says of a folder where the file system has no such thing (SMB, some FUSE mounts, squashfs).
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS})
 
+# What says nothing about a file, only that we cannot look at it now.
+SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
 
 class Folder:
     """An open directory of a cache; a context manager that closes it."""
@@ -82,7 +85,7 @@ class Folder:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o755, dir_fd=self.fd)
             if fsync:
-                sync_folder(self.fd)
+                sync(self.fd)
             fd = os.open(name, _FOLDER, dir_fd=self.fd)
         return Folder(fd, f"{self.path}/{name}", self, self._owners)
 
@@ -125,16 +128,7 @@ class Root:
         return OpenRoot(Folder(fd, self.path, None, owners), is_made=make, fsync=self.fsync)
 
     def _make(self) -> int:
-        parent = os.path.dirname(self.path)
-        os.makedirs(parent, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path, 0o700)
-        if self.fsync:
-            fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                sync_folder(fd)
-            finally:
-                os.close(fd)
+        _make_private(self.path, fsync=self.fsync)
         return os.open(self.path, _FOLDER)
 
     def _open_link(self) -> int:
@@ -149,6 +143,25 @@ class Root:
 
     def __repr__(self) -> str:
         return f"<Root {self.path!r}{' (lower)' if self.is_lower else ''}>"
+
+
+def _make_private(path: str, *, fsync: bool) -> None:
+    """Make a folder, and those above it that are missing, for us alone whatever the umask is."""
+    parent = os.path.dirname(path)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_private(parent, fsync=fsync)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    if fsync:
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync(fd)
+        finally:
+            os.close(fd)
 
 
 class OpenRoot:
@@ -185,6 +198,19 @@ class OpenRoot:
         except FileNotFoundError:
             return None
 
+    @contextlib.contextmanager
+    def visit(self, path: str) -> Iterator[Folder]:
+        """Open the folder at this path for the time of a `with` only; raise OSError or CacheError.
+
+        For those of which there may be more than one process has descriptors: the models and their slugs.
+        """
+        parent, _, name = path.rpartition("/")
+        if not parent:
+            yield self[name]
+            return
+        with self.visit(parent) as above, above.open(name) as folder:
+            yield folder
+
     def optional(self, name: str, *, make: bool = False) -> Optional[Folder]:
         """Return the folder of this name, for what only saves work: None where it cannot be had."""
         try:
@@ -208,8 +234,19 @@ class OpenRoot:
         self.close()
 
 
-def sync_folder(fd: int) -> None:
-    """Bring the names in a folder to the disk; does nothing where the file system knows no such thing."""
+def remove_folder(parent: Folder, name: str) -> None:
+    """Remove a folder and all that is in it, following no link; raise OSError or CacheError."""
+    with parent.open(name) as folder:
+        for entry in os.listdir(folder.fd):
+            if stat.S_ISDIR(os.stat(entry, dir_fd=folder.fd, follow_symlinks=False).st_mode):
+                remove_folder(folder, entry)
+            else:
+                os.unlink(entry, dir_fd=folder.fd)
+    os.rmdir(name, dir_fd=parent.fd)
+
+
+def sync(fd: int) -> None:
+    """Bring a file, or the names in a folder, to the disk, unless the file system knows no such thing."""
     try:
         os.fsync(fd)
     except OSError as err:

@@ -1,21 +1,34 @@
 """What lies in a cache: its blobs, its models, and what was left over, as values. Changes nothing.
 
-A scan is no snapshot: files may come and go meanwhile, and what cannot be read (any more) is left out.
+A scan is no snapshot: files may come and go meanwhile. A folder of models that cannot be read is left out,
+with a warning, and counted.
+
+Which blob a name that is a copy was copied from is not written down. It refers to every blob of its size, for
+all that garbage collection needs: at worst a blob stays that nobody wants.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Optional
 
-from .folders import BLOBS, BY_SLUG, Folder, OpenRoot
+from ..errors import CacheError
+from .folders import BLOBS, BY_SLUG, SHORTAGE, Folder, OpenRoot
 from .model_dirs import ModelKey
 from .names import SET_ASIDE, is_hex, is_staged, is_temporary_blob
-from .reap import Leftover
+
+logger = logging.getLogger(__name__)
+
+# What was made or used so recently is never touched: a fetch of many files may take minutes, and a blob is
+# referred to only when the last of them is there. Dynamo gives up a download after 300 s.
+GRACE_SECONDS = 3600.0
 
 _SLUG = re.compile(r"[a-z0-9_-]+")
 # Whatever root it names: a link that was made where the cache is mounted elsewhere counts here, too.
@@ -46,6 +59,7 @@ class CacheStats(NamedTuple):
     models: int
     temporary_files: int  # being written now, or left by writers that died
     set_aside: int  # wrong blobs that were moved out of the way
+    unreadable: int = 0  # folders of models that could not be looked into, see the warnings
 
 
 class BlobFile(NamedTuple):
@@ -54,6 +68,17 @@ class BlobFile(NamedTuple):
     name: str
     bytes: int
     since: float
+    is_folder: bool = False  # somebody planted it
+
+
+class Leftover(NamedTuple):
+    """A temporary file or folder: `parent` is a path below the root, `touched` its mtime."""
+
+    parent: str
+    name: str
+    bytes: int
+    touched: float
+    is_folder: bool
 
 
 class ModelDir(NamedTuple):
@@ -63,8 +88,19 @@ class ModelDir(NamedTuple):
     parent: str  # the path, below the root, of the folder that it is in
     used: float
     names: int  # of its files
-    links: frozenset[str]  # the hex of each blob that it refers to
+    links: frozenset[str]  # the hex of each blob that it links
     copied_bytes: int  # of names that are files
+    sources: frozenset[str]  # the hex of each blob that one of these may be a copy of
+
+    @property
+    def path(self) -> str:
+        """Its path below the root."""
+        return f"{self.parent}/{self.key.mdcsum}"
+
+    @property
+    def references(self) -> frozenset[str]:
+        """The hex of each blob that it must keep from being collected."""
+        return self.links | self.sources
 
 
 class Inventory:
@@ -75,6 +111,13 @@ class Inventory:
         self.set_aside: list[BlobFile] = []
         self.models: list[ModelDir] = []
         self.leftovers: list[Leftover] = []
+        self.unreadable = 0  # folders; the blobs that models in them refer to are not known
+
+    def without(self, models: Collection[ModelDir]) -> Inventory:
+        """Return what is left when these models are gone."""
+        left = copy.copy(self)
+        left.models = [model for model in self.models if model not in models]
+        return left
 
 
 def stats_of(found: Inventory) -> CacheStats:
@@ -86,6 +129,7 @@ def stats_of(found: Inventory) -> CacheStats:
         models=len(found.models),
         temporary_files=len(found.leftovers),
         set_aside=len(found.set_aside),
+        unreadable=found.unreadable,
     )
 
 
@@ -94,8 +138,8 @@ def models_of(found: Inventory, root: str) -> list[CachedModel]:
     models = []
     for model in found.models:
         linked = sum(found.blobs[hex].bytes for hex in model.links if hex in found.blobs)
-        path = f"{root}/{model.parent}/{model.key.mdcsum}"
-        models.append(CachedModel(*model.key, path, model.names, linked + model.copied_bytes, model.used))
+        size = linked + model.copied_bytes
+        models.append(CachedModel(*model.key, f"{root}/{model.path}", model.names, size, model.used))
     return sorted(models, key=lambda model: (model.last_use, model.key))
 
 
@@ -106,7 +150,7 @@ def take_inventory(opened: OpenRoot) -> Inventory:
     if blobs is not None:
         _look_at_blobs(blobs, found)
     if by_slug is not None:
-        _look_at_models(by_slug, found)
+        _ModelScan(found).look_at(by_slug)
     return found
 
 
@@ -123,68 +167,94 @@ def _look_at_blobs(folder: Folder, found: Inventory) -> None:
         if is_temporary_blob(name):
             leftover = Leftover(BLOBS, name, status.st_size, status.st_mtime, stat.S_ISDIR(status.st_mode))
             found.leftovers.append(leftover)
-        elif is_hex(name):
-            found.blobs[name] = BlobFile(name, status.st_size, status.st_ctime)
+            continue
+        is_folder = stat.S_ISDIR(status.st_mode)
+        blob = BlobFile(name, 0 if is_folder else status.st_size, status.st_ctime, is_folder)
+        if is_hex(name):
+            found.blobs[name] = blob
         elif name.endswith(SET_ASIDE):
-            found.set_aside.append(BlobFile(name, status.st_size, status.st_ctime))
+            found.set_aside.append(blob)
 
 
-def _look_at_models(by_slug: Folder, found: Inventory) -> None:
-    for slug, status in _entries(by_slug):
-        if _is_leftover(BY_SLUG, slug, status, found) or not stat.S_ISDIR(status.st_mode):
-            continue
-        if not _SLUG.fullmatch(slug):
-            continue
-        folder = _open(by_slug, slug)
-        if folder is None:
-            continue
-        with folder:
-            parent = f"{BY_SLUG}/{slug}"
-            if is_hex(slug):  # of a model with an empty slug, or of models with such a slug
-                _look_at_model(folder, ModelKey("", slug), BY_SLUG, found)
-            for name, inner in _entries(folder):
-                if stat.S_ISDIR(inner.st_mode) and not _is_leftover(parent, name, inner, found):
-                    _look_into(folder, name, ModelKey(slug, name), parent, found)
+class _ModelScan:
+    """One look at the models, when the blobs are known."""
 
+    def __init__(self, found: Inventory) -> None:
+        self._found = found
+        self._by_size: defaultdict[int, set[str]] = defaultdict(set)
+        for hex, blob in found.blobs.items():
+            self._by_size[blob.bytes].add(hex)
 
-def _look_into(above: Folder, name: str, key: ModelKey, parent: str, found: Inventory) -> None:
-    folder = _open(above, name) if is_hex(name) else None
-    if folder is not None:
-        with folder:
-            _look_at_model(folder, key, parent, found)
+    def look_at(self, by_slug: Folder) -> None:
+        """Look at all models."""
+        for slug, status in _entries(by_slug):
+            if self._is_leftover(BY_SLUG, slug, status) or not stat.S_ISDIR(status.st_mode):
+                continue
+            folder = self._open(by_slug, slug) if _SLUG.fullmatch(slug) else None
+            if folder is not None:
+                with folder:
+                    self._look_at_slug(folder, slug)
 
+    def _look_at_slug(self, folder: Folder, slug: str) -> None:
+        parent = f"{BY_SLUG}/{slug}"
+        if is_hex(slug):  # of a model with an empty slug, or of models with such a slug
+            self._look_at_model(folder, ModelKey("", slug), BY_SLUG)
+        for name, status in _entries(folder):
+            if not stat.S_ISDIR(status.st_mode) or self._is_leftover(parent, name, status):
+                continue
+            inner = self._open(folder, name) if is_hex(name) else None
+            if inner is not None:
+                with inner:
+                    self._look_at_model(inner, ModelKey(slug, name), parent)
 
-def _look_at_model(folder: Folder, key: ModelKey, parent: str, found: Inventory) -> None:
-    links = set()
-    names = copied = 0
-    for name, status in _entries(folder):
-        if stat.S_ISDIR(status.st_mode):
-            if is_hex(name) or is_staged(name):
-                return  # no model: a slug that looks like a digest
-            continue
-        if _is_leftover(f"{parent}/{key.mdcsum}", name, status, found):
-            continue
-        names += 1
-        if stat.S_ISREG(status.st_mode):
-            copied += status.st_size
-        with contextlib.suppress(OSError):
-            match = _LINK.fullmatch(os.readlink(name, dir_fd=folder.fd))
-            if match:
-                links.add(match[1])
-    found.models.append(ModelDir(key, parent, folder.mtime, names, frozenset(links), copied))
+    def _look_at_model(self, folder: Folder, key: ModelKey, parent: str) -> None:
+        links: set[str] = set()
+        sources: set[str] = set()
+        names = copied = 0
+        for name, status in _entries(folder):
+            if stat.S_ISDIR(status.st_mode):
+                if is_hex(name) or is_staged(name):
+                    return  # no model: a slug that looks like a digest
+                continue
+            if self._is_leftover(f"{parent}/{key.mdcsum}", name, status):
+                continue
+            names += 1
+            if stat.S_ISREG(status.st_mode):
+                copied += status.st_size
+                sources |= self._by_size.get(status.st_size, set())
+            else:
+                links |= _linked(folder, name)
+        model = ModelDir(key, parent, folder.mtime, names, frozenset(links), copied, frozenset(sources))
+        self._found.models.append(model)
 
+    def _is_leftover(self, parent: str, name: str, status: os.stat_result) -> bool:
+        if not is_staged(name):
+            return False
+        is_folder = stat.S_ISDIR(status.st_mode)
+        size = 0 if is_folder else status.st_size
+        self._found.leftovers.append(Leftover(parent, name, size, status.st_mtime, is_folder))
+        return True
 
-def _is_leftover(parent: str, name: str, status: os.stat_result, found: Inventory) -> bool:
-    if not is_staged(name):
-        return False
-    is_folder = stat.S_ISDIR(status.st_mode)
-    size = 0 if is_folder else status.st_size
-    found.leftovers.append(Leftover(parent, name, size, status.st_mtime, is_folder))
-    return True
-
-
-def _open(above: Folder, name: str) -> Optional[Folder]:
-    try:
-        return above.open(name)
-    except OSError:  # gone, or not for us
+    def _open(self, above: Folder, name: str) -> Optional[Folder]:
+        try:
+            return above.open(name)
+        except FileNotFoundError:
+            return None
+        except OSError as err:
+            if err.errno in SHORTAGE:
+                raise
+            reason: Exception = err
+        except CacheError as err:
+            reason = err
+        self._found.unreadable += 1
+        logger.warning("cannot look into %r: %s", f"{above.path}/{name}", reason)
         return None
+
+
+def _linked(folder: Folder, name: str) -> set[str]:
+    """Return the hex of the blob that a link means, if it is one and means one."""
+    with contextlib.suppress(OSError):
+        match = _LINK.fullmatch(os.readlink(name, dir_fd=folder.fd))
+        if match:
+            return {match[1]}
+    return set()

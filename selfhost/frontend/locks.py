@@ -10,6 +10,8 @@ most. In each case the worst that happens is that a file is fetched more than on
 
 Each holder has a descriptor of its own, so threads exclude each other too. A child forked while a lock is
 held shares it until parent and child have let go.
+
+A model's directory is locked itself, which tells the garbage collector that it is in use.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from typing import Callable, Optional
 
 from ..errors import CacheError
-from .folders import LOCKS, Root
+from .folders import LOCKS, Root, attempt
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 # use. A blob of one megabyte is there after some milliseconds; 50 ms is what a waiter loses at most.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
+
+_HOLD_SECONDS = 5.0  # to wait for a collector, which needs a few milliseconds
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -131,3 +135,24 @@ def flock(
                 return False
             sleep(min(pause, left))
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+@contextlib.contextmanager
+def hold_folder(path: str) -> Iterator[None]:
+    """Keep garbage collection away from the model directory `path`; see BlobCache.hold."""
+    with attempt("hold the model directory", path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # The collector locks a directory for the moment in which it looks at it or renames it.
+        try:
+            if not flock(fd, fcntl.LOCK_SH, seconds=_HOLD_SECONDS):
+                logger.warning("somebody else has locked the model directory %r all the time", path)
+        except OSError as err:  # no locks here: then the collector cannot tell, and removes nothing
+            logger.debug("cannot lock %r: %s", path, err)
+        with attempt("hold the model directory", path):
+            is_there = os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+        if not is_there:
+            raise CacheError(f"the model directory {path!r} was collected: resolve again", path=path)
+        yield
+    finally:
+        os.close(fd)  # which also unlocks

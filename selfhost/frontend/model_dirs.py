@@ -2,13 +2,14 @@
 
 `by-slug/<slug>/<mdcsum>/<name>`; a model whose slug is empty has `by-slug/<mdcsum>/<name>`. Our links are
 relative, so that a cache still works that was moved or is mounted elsewhere; Dynamo's are absolute; both are
-read. Where links cannot be made the names are copies, which refer to no blobs: these are garbage then.
+read. Where links cannot be made the names are copies, and the blobs stay beside them: twice the space.
 
 Rules
 - A directory that we make appears with all of its names at once: it is filled under a hidden name, brought to
   the disk, then renamed. Dynamo's appears empty and fills up; what is missing in one is added.
-- A name that links another blob of this cache is a collision of two cards, and an error. A link to anywhere
-  else, which somebody planted, is replaced and never followed.
+- A name that links another blob of this cache, or is a copy of one, is a collision of two cards, and an
+  error. A link to anywhere else, which somebody planted, is replaced and never followed. So is a file whose
+  bytes are those of no blob: it rotted, or somebody planted it.
 - What is found or was just made is verified through the names, last of all: garbage collection may have run.
 - The directory's mtime says when the model was last used, to the hour.
 
@@ -20,21 +21,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Callable, NamedTuple, Optional
 
-from ..card.checksum import Checksum
+from .._atomic import NO_LINKS
+from ..card.checksum import Checksum, hash_fd
 from ..card.slug import Slug
 from ..errors import CacheError, CardError, shown
-from .blobs import Blobs, Verifier
-from .copying import copy_and_hash
-from .folders import BLOBS, BY_SLUG, CREATE, READ, Folder, OpenRoot, Root, attempt, cannot, sync_folder
-from .locks import flock
+from .blobs import Blobs
+from .folders import (
+    BLOBS,
+    BY_SLUG,
+    CREATE,
+    READ,
+    Folder,
+    OpenRoot,
+    Root,
+    attempt,
+    cannot,
+    remove_folder,
+    sync,
+)
 from .names import as_file_name, is_hex, staged_name
+from .stamps import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +56,6 @@ USE_SECONDS = 3600.0
 # Garbage collection may take a folder away between two steps; it does not do so twice in a row, because what
 # was just made is young.
 _TRIES = 3
-
-_HOLD_SECONDS = 5.0  # to wait for a collector, which needs a few milliseconds
-
-# What symlink() says on a file system without links (FAT, some FUSE and network mounts).
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 Files = Mapping[str, Checksum]
 
@@ -111,12 +118,11 @@ class ModelDirs:
                 folder = own.get(below)
                 if folder is None or not self._is_whole(folder, files, own):
                     return None
-                self._use(folder)
+                return path if self._use(folder, below, own) else None
         except FileNotFoundError:
             return None
         except OSError as err:
             raise cannot("read the model directory", path, err) from err
-        return path
 
     def _is_whole(self, folder: Folder, files: Files, own: OpenRoot) -> bool:
         prefix = _way_to_blobs(self._root, folder)
@@ -158,12 +164,21 @@ class ModelDirs:
             logger.warning("the file %r is not used: %s", f"{folder.path}/{name}", reason)
         return reason is None
 
-    def _use(self, folder: Folder) -> None:
-        """Write down that the model is used now, unless that was done within the hour."""
+    def _use(self, folder: Folder, below: str, own: OpenRoot) -> bool:
+        """Write down that the model is used now, unless that was done within the hour.
+
+        Whether the directory still has its name afterwards is what comes back: a collector that took it away
+        in between looks once more whether it was used, and puts it back or did so too late for us.
+        """
         now = self._clock()
         if not 0 <= now - folder.mtime < USE_SECONDS:
             with contextlib.suppress(OSError):  # a cache that can only be read collects no garbage
                 os.utime(folder.fd, (now, now))
+        parent, _, name = below.rpartition("/")
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=own[parent].fd, follow_symlinks=False)
+            return os.path.samestat(found, os.fstat(folder.fd))
+        return False
 
     # -------------------------------------------------------------- publishing
 
@@ -181,8 +196,7 @@ class ModelDirs:
                         self._make(below, files, self._holders(files, own), own)
                         parent, _, mdcsum = below.rpartition("/")
                         with own[parent].open(mdcsum) as folder:
-                            if self._is_whole(folder, files, own):
-                                self._use(folder)
+                            if self._is_whole(folder, files, own) and self._use(folder, below, own):
                                 return path
                         self._holders(files, own)  # raises, if that is the reason
                 except FileNotFoundError:
@@ -230,14 +244,14 @@ class ModelDirs:
                 for name, checksum in files.items():
                     self._place(folder, name, checksum.hex, holders[checksum.hex], prefix, own)
                 if own.fsync:
-                    sync_folder(folder.fd)
+                    sync(folder.fd)
             os.rename(staged, mdcsum, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
         except BaseException:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, CacheError):
                 remove_folder(parent, staged)
             raise
         if own.fsync:
-            sync_folder(parent.fd)
+            sync(parent.fd)
 
     def _fill(self, folder: Folder, files: Files, holders: Mapping[str, Blobs], own: OpenRoot) -> None:
         """Make each name of an existing directory right, one by one and each in one step."""
@@ -246,7 +260,7 @@ class ModelDirs:
         for name, checksum in files.items():
             if self._is_right(folder, name, checksum.hex, prefix, own):
                 continue
-            self._refuse_collision(folder, name, checksum.hex)
+            self._refuse_collision(folder, name, checksum.hex, own)
             staged = staged_name()
             try:
                 self._place(folder, staged, checksum.hex, holders[checksum.hex], prefix, own)
@@ -257,19 +271,27 @@ class ModelDirs:
                 raise
             is_changed = True
         if is_changed and own.fsync:
-            sync_folder(folder.fd)
+            sync(folder.fd)
 
-    def _refuse_collision(self, folder: Folder, name: str, hex: str) -> None:
+    def _refuse_collision(self, folder: Folder, name: str, hex: str, own: OpenRoot) -> None:
+        path = f"{folder.path}/{name}"
         try:
             text = os.readlink(name, dir_fd=folder.fd)
-        except OSError:  # missing, or no link: it is made or replaced
+        except FileNotFoundError:
             return
-        layer, linked = self._meaning_of(text, folder)
-        if layer is None:
-            logger.warning("replaced the link %r: it points to %s", f"{folder.path}/{name}", shown(text))
-        elif linked != hex:
+        except OSError:  # no link
+            found = _hash_of(folder, name)
+            if found is None or not any(layer.has(found, own) for layer in self._layers):
+                logger.warning("replaced the file %r: it is of no known blob", path)
+                return
+        else:
+            layer, found = self._meaning_of(text, folder)
+            if layer is None:
+                logger.warning("replaced the link %r: it points to %s", path, shown(text))
+                return
+        if found != hex:
             raise CacheError(
-                f"the model directory {folder.path!r} has blake3:{linked} as {name!r}, this card wants "
+                f"the model directory {folder.path!r} has blake3:{found} as {name!r}, this card wants "
                 f"blake3:{hex} there: two cards have the same name and checksum; remove the directory if the "
                 "other one is no longer in use",
                 path=folder.path,
@@ -283,50 +305,24 @@ class ModelDirs:
                 os.symlink(target, name, dir_fd=folder.fd)
                 return
             except OSError as err:
-                if err.errno not in _NO_LINKS:
+                if err.errno not in NO_LINKS:
                     raise
                 self._links = False
                 logger.info("no links in the cache %r (%s): models are copies", self._root.path, err)
         self._copy(folder, name, hex, holder, own)
 
     def _copy(self, folder: Folder, name: str, hex: str, holder: Blobs, own: OpenRoot) -> None:
-        source = open_blob(holder, hex, own)
+        target = os.open(name, CREATE, 0o600, dir_fd=folder.fd)
         try:
-            target = os.open(name, CREATE, 0o600, dir_fd=folder.fd)
-            try:
-                copied = copy_and_hash(source, target)
-                os.fchmod(target, 0o444)
-                if own.fsync:
-                    os.fsync(target)
-            finally:
-                os.close(target)
+            is_right = holder.copy(hex, target, own)
+            os.fchmod(target, 0o444)
+            if own.fsync:
+                os.fsync(target)
         finally:
-            os.close(source)
-        if copied.hex != hex:  # changed since it was verified: the next look sets it aside
+            os.close(target)
+        if not is_right:  # changed since it was verified: the next look sets it aside
             message = f"the blob blake3:{hex} changed while it was copied: fetch again"
             raise BlobMissing(message, path=holder.path_of(hex), checksums=[Checksum(hex)])
-
-    # -------------------------------------------------------------- holding
-
-    @contextlib.contextmanager
-    def hold(self, path: str) -> Iterator[None]:
-        """Keep garbage collection away from the model directory `path`; see BlobCache.hold."""
-        with attempt("hold the model directory", path):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            # The collector locks a directory for the moment in which it looks at it or renames it.
-            try:
-                if not flock(fd, fcntl.LOCK_SH, seconds=_HOLD_SECONDS):
-                    logger.warning("somebody else has locked the model directory %r all the time", path)
-            except OSError as err:  # no locks here: then the collector cannot tell, and removes nothing
-                logger.debug("cannot lock %r: %s", path, err)
-            with attempt("hold the model directory", path):
-                is_there = os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
-            if not is_there:
-                raise CacheError(f"the model directory {path!r} was collected: resolve again", path=path)
-            yield
-        finally:
-            os.close(fd)  # which also unlocks
 
 
 def _way_to_blobs(root: Root, folder: Folder) -> str:
@@ -335,17 +331,14 @@ def _way_to_blobs(root: Root, folder: Folder) -> str:
     return "../" * depth + BLOBS + "/"
 
 
-def open_blob(holder: Blobs, hex: str, own: OpenRoot) -> int:
-    """Return a descriptor to read a blob of the own root or of a lower one; raise OSError or CacheError."""
-    if not holder.root.is_lower:
-        return os.open(hex, READ, dir_fd=own[BLOBS].fd)
-    with holder.root.open() as opened:
-        return os.open(hex, READ, dir_fd=opened[BLOBS].fd)
-
-
-def remove_folder(parent: Folder, name: str) -> None:
-    """Remove a folder and the files and links in it, none of which is followed; raise OSError."""
-    with parent.open(name) as folder:
-        for entry in os.listdir(folder.fd):
-            os.unlink(entry, dir_fd=folder.fd)
-    os.rmdir(name, dir_fd=parent.fd)
+def _hash_of(folder: Folder, name: str) -> Optional[str]:
+    """Return the hex of a file's digest; None for what is no file, or cannot be read."""
+    try:
+        fd = os.open(name, READ, dir_fd=folder.fd)
+        try:
+            status = os.fstat(fd)
+            return hash_fd(fd, status.st_size)[0].hex if stat.S_ISREG(status.st_mode) else None
+        finally:
+            os.close(fd)
+    except OSError:
+        return None

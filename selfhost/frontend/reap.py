@@ -12,30 +12,16 @@ import fcntl
 import itertools
 import logging
 import os
-from typing import NamedTuple
 
-from .folders import BLOBS, READ, Folder, OpenRoot
-from .model_dirs import remove_folder
+from ..errors import CacheError
+from .folders import BLOBS, READ, SHORTAGE, Folder, OpenRoot, remove_folder
+from .inventory import GRACE_SECONDS, Leftover
 from .names import is_temporary_blob
 
 logger = logging.getLogger(__name__)
 
-# What was made or used so recently is never touched: a fetch of many files may take minutes, and a blob is
-# referred to only when the last of them is there. Dynamo gives up a download after 300 s.
-GRACE_SECONDS = 3600.0
-
 # How many names a writer's first look goes through: some 6 ms. A collection looks at all.
 _QUICK_LOOK_NAMES = 10_000
-
-
-class Leftover(NamedTuple):
-    """A temporary file or folder: `parent` is a path below the root, `touched` its mtime."""
-
-    parent: str
-    name: str
-    bytes: int
-    touched: float
-    is_folder: bool
 
 
 def reap(opened: OpenRoot, left: Leftover, now: float, *, dry_run: bool = False) -> bool:
@@ -43,19 +29,23 @@ def reap(opened: OpenRoot, left: Leftover, now: float, *, dry_run: bool = False)
     if now - left.touched < GRACE_SECONDS:
         return False
     try:
-        folder = opened[left.parent]
-        if not left.is_folder and _has_writer(folder, left.name):
-            return False
-        if dry_run:
-            return True
-        if left.is_folder:
-            remove_folder(folder, left.name)
-        else:
-            os.unlink(left.name, dir_fd=folder.fd)
-    except OSError as err:
-        logger.debug("cannot reap %r: %s", left, err)
+        with opened.visit(left.parent) as folder:
+            if not left.is_folder and _has_writer(folder, left.name):
+                return False
+            if dry_run:
+                return True
+            if left.is_folder:
+                remove_folder(folder, left.name)
+            else:
+                os.unlink(left.name, dir_fd=folder.fd)
+    except FileNotFoundError:
         return False
-    logger.info("removed %r, which a dead process left", f"{folder.path}/{left.name}")
+    except (OSError, CacheError) as err:
+        if isinstance(err, OSError) and err.errno in SHORTAGE:
+            raise
+        logger.warning("cannot remove %r, which a dead process left: %s", f"{left.parent}/{left.name}", err)
+        return False
+    logger.info("removed %r, which a dead process left", f"{left.parent}/{left.name}")
     return True
 
 
@@ -65,8 +55,10 @@ def _has_writer(folder: Folder, name: str) -> bool:
         fd = os.open(name, READ, dir_fd=folder.fd)
     except FileNotFoundError:
         raise
-    except OSError:  # no regular file of ours
-        return False
+    except OSError as err:
+        if err.errno in SHORTAGE:
+            raise
+        return False  # no regular file of ours
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,24 +8,28 @@ import logging
 import os
 from typing import Optional
 
-from ..errors import CacheError
+from ..errors import CacheError, shown
 from ..settings import FrontendSettings
 from .folders import Root, attempt
 
 logger = logging.getLogger(__name__)
 
+_private: dict[str, str] = {}  # the "root" of this process, once there is one
+
 
 def choose_root(root: Optional[str], *, fsync: bool) -> tuple[Root, list[Root]]:
     """Return the root to write to, made if it is missing, and what to read from besides.
 
-    None stands for the one of the environment. If that cannot be used, a private temporary root takes its
-    place, with a warning; if it can be read, it is read from. Raises CacheError if a given root is unusable.
+    None stands for the one of the environment. If that cannot be used, this process's private temporary root
+    takes its place; if it can be read, it is read from. Raises CacheError if a given root is unusable.
     """
     if root is not None:
         return _usable(Root(root, fsync=fsync)), []
-    path = FrontendSettings.from_env().cache_root
+    settings = FrontendSettings.from_env()
+    path = settings.cache_root
     if path is None:
-        return _temporary("neither DYN_MDC_CACHE nor HOME is set", fsync), []
+        found = f"HOME is {shown(settings.home)}, no absolute path" if settings.home else "nor is HOME"
+        return _temporary(f"DYN_MDC_CACHE is not set, {found}", fsync), []
     try:
         usual = _usable(Root(path, fsync=fsync))
     except CacheError as err:
@@ -42,15 +46,21 @@ def _usable(root: Root) -> Root:
 
 
 def _temporary(reason: str, fsync: bool) -> Root:
-    """Make a root for this process alone, which goes when it ends."""
-    import tempfile
+    """Return the root for this process alone, made with one warning, which goes when the process ends."""
+    if "root" not in _private:
+        import tempfile
 
-    with attempt("make a temporary cache root in", "the folder for temporary files"):
-        path = tempfile.mkdtemp(prefix="selfhost-mdc-")  # mode 0700
-    # Not when the cache object goes: the directories that it returned are still in use then.
-    atexit.register(functools.partial(_remove_tree, path, os.getpid()))
-    logger.warning("the usual cache cannot be used: %s; %r is used until this process ends", reason, path)
-    return Root(path, fsync=fsync)
+        with attempt("make a temporary cache root in", "the folder for temporary files"):
+            path = tempfile.mkdtemp(prefix="selfhost-mdc-")  # mode 0700
+        if _private.setdefault("root", path) != path:  # another thread was faster
+            os.rmdir(path)
+        else:
+            # Not when the cache object goes: the directories that it returned are still in use then.
+            atexit.register(functools.partial(_remove_tree, path, os.getpid()))
+            logger.warning(
+                "the usual cache cannot be used: %s; %r is used until this process ends", reason, path
+            )
+    return Root(_private["root"], fsync=fsync)
 
 
 def _remove_tree(path: str, maker: int) -> None:

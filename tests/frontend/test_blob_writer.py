@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
+import helpers
 import pytest
 from cache_kit import Clock, blob_path, names, put, run_python, temporaries
 
@@ -137,6 +138,14 @@ def test_temporary_file_is_private_and_locked(cache: BlobCache) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_writer_holds_few_descriptors(cache: BlobCache) -> None:
+    """Its file and two folders; none before the first byte."""
+    with cache.write(CHECKSUM) as writer:
+        before = helpers.open_descriptors()
+        writer.write(b"x")
+        assert helpers.open_descriptors() == before + 3
+
+
 # --- what is there already
 
 
@@ -191,7 +200,8 @@ def test_order_of_a_publication(cache: BlobCache, monkeypatch: pytest.MonkeyPatc
         writer.write(DATA)
         writer.publish("test")
 
-    assert calls == ["write file", "fchmod file", "fsync file", "rename", "fsync folder", "symlink"]
+    assert calls[:5] == ["write file", "fchmod file", "fsync file", "rename", "fsync folder"]
+    assert set(calls[5:]) <= {"fchmod file", "symlink"}  # the stamp, last of all
 
 
 def recorder(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,13 +1,14 @@
 """A process that dies, or is told of an error, at every call by which it changes the disk; and many at once.
 
-Two ways to inject: strace tampers with the system calls themselves, and functions of `os` are wrapped in a
-forked child, which needs nothing and is fast. After each: no torn file bears the name of a digest, no
-directory of a model lacks a file, the next run is right, and an hour later nothing is left over. What a power
-cut does is shown by the order of the calls only (test_blob_writer.py): no disk is really cut off here.
+Two ways to inject: strace tampers with the system calls themselves while a cache is used, and functions of
+`os` are wrapped in a forked child that resolves a card over HTTP. After each: no torn file bears a digest's
+name, no directory of a model lacks a file, the next run is right, and an hour later nothing is left over.
+What a power cut does is shown by the order of the calls only (test_blob_writer.py): no disk is cut off here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -16,28 +17,31 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Callable
 
 import cache_kit
+import helpers
 import pytest
-from cache_kit import DATA, HOUR, MODEL, Clock, environment, names, run_python, scenario, temporaries, torn
+from cache_kit import DATA, HOUR, Clock, environment, names, resolve, run_python, scenario, temporaries, torn
 
+from selfhost.card.checksum import Checksum
 from selfhost.frontend.cache import BlobCache
 
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE]
 
 
-def check_aftermath(root: Path) -> None:
+def check_aftermath(root: Path, again: Callable[[str, Clock], dict[str, bytes]] = scenario) -> None:
     """Check what a run left, and that the next one and the collector make it good."""
     assert torn(root) == []
-    model = root / "by-slug" / MODEL.slug / MODEL.mdcsum
-    if model.exists():
+    for model in root.glob("by-slug/*/[0-9a-f]*"):
         assert {name: (model / name).read_bytes() for name in names(model)} == DATA
     clock = Clock()
     clock.ahead = 2 * HOUR
-    assert scenario(str(root), clock) == DATA
+    assert again(str(root), clock) == DATA
     BlobCache(root, clock=clock).collect()
     assert temporaries(root) == []
     assert torn(root) == []
+    assert len(list(root.glob("by-slug/*/*/*"))) == len(DATA)
 
 
 # --- wrapped functions
@@ -46,11 +50,11 @@ def check_aftermath(root: Path) -> None:
 INJECT = """
     import errno, fcntl, logging, os, signal, sys, types
     import cache_kit
-    from selfhost.card.checksum import Checksum
     from selfhost.errors import CacheError
 
+    folder, url, *actions = sys.argv[1:]
     logging.disable(logging.CRITICAL)
-    Checksum.of(b"")  # loads the wheel
+    cache_kit.resolve(f"{folder}/first", url)  # loads all that is loaded when it is needed
     CHANGES = "write ftruncate fchmod fsync rename mkdir symlink unlink rmdir utime".split()
     count = 0
 
@@ -78,16 +82,16 @@ INJECT = """
             wrap(os, name, action, when)
         wrap(fcntl, "flock", action, when)
         try:
-            right = cache_kit.scenario(root) == cache_kit.DATA
+            right = cache_kit.resolve(root, url) == cache_kit.DATA
         except CacheError:
             return 3
         return 4 if count < when else 0 if right else 1
 
-    for action in map(int, sys.argv[2:]):
+    for action in map(int, actions):
         when, code = 0, 0
         while code != 4:
             when += 1
-            root = f"{sys.argv[1]}/{action}-{when}"
+            root = f"{folder}/{action}-{when}"
             pid = os.fork()
             if not pid:
                 code = 1
@@ -101,9 +105,10 @@ INJECT = """
 """
 
 
-def test_killed_or_refused_at_every_call(tmp_path: Path) -> None:
+def test_killed_or_refused_at_every_call(tmp_path: Path, counting_origin: helpers.RudeOrigin) -> None:
     """Wrapped functions: killed before and after each call, and four errors from each. # catalogue 19, 20"""
-    done = run_python(INJECT, tmp_path, 0, -1, *ERRORS)
+    counting_origin.files.update({f"/{name}": data for name, data in DATA.items()})
+    done = run_python(INJECT, tmp_path, counting_origin.url, 0, -1, *ERRORS)
     lines = [line.split() for line in done.stdout.splitlines()]
 
     assert len(lines) > 6 * 40
@@ -112,13 +117,14 @@ def test_killed_or_refused_at_every_call(tmp_path: Path) -> None:
         assert killed or int(code) in (0, 3, 4), (action, when, code)
         if not killed:  # it was told of the error, so it has cleaned up; unless that was what failed
             assert len(temporaries(Path(root))) <= (int(code) != 4), (action, when)
-        check_aftermath(Path(root))
+        check_aftermath(Path(root), lambda path, clock: resolve(path, counting_origin.url, clock))
         shutil.rmtree(root)
 
 
-def test_error_is_typed_where_bytes_are_written(tmp_path: Path) -> None:
+def test_error_is_typed_where_bytes_are_written(tmp_path: Path, counting_origin: helpers.RudeOrigin) -> None:
     """Most calls that fail are told as an error; those of locks, stamps and cleaning up need not be."""
-    done = run_python(INJECT, tmp_path, errno.ENOSPC)
+    counting_origin.files.update({f"/{name}": data for name, data in DATA.items()})
+    done = run_python(INJECT, tmp_path, counting_origin.url, errno.ENOSPC)
     codes = [int(line.split()[2]) for line in done.stdout.splitlines()]
 
     assert codes.count(3) >= 18, codes
@@ -127,7 +133,10 @@ def test_error_is_typed_where_bytes_are_written(tmp_path: Path) -> None:
 # --- system calls
 
 # Those by which the scenario changes the disk; `openat` counts where it creates.
-CALLS = "openat,write,ftruncate,fchmod,fsync,rename,renameat,renameat2,mkdir,mkdirat,symlinkat,unlinkat,flock"
+CALLS = (
+    "openat,write,ftruncate,fchmod,fsync,rename,renameat,renameat2,mkdir,mkdirat,symlinkat,unlinkat,utimensat,"
+    "flock"
+)
 
 
 def trace(root: Path, *inject: str) -> subprocess.CompletedProcess[str]:
@@ -153,7 +162,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int]]:
     if done.returncode:
         pytest.skip(f"strace does not work here: {done.stderr.strip()}")
     seen: dict[str, int] = {}
-    found = []
+    found: list[tuple[str, int]] = []
     for name, rest in re.findall(r"^(?:\d+ +)?(\w+)\((.*)", done.stdout, re.MULTILINE):
         seen[name] = seen.get(name, 0) + 1
         if name != "openat" or "O_CREAT" in rest:
@@ -164,6 +173,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int]]:
 def test_every_system_call_killed(changes: list[tuple[str, int]], tmp_path: Path) -> None:
     """strace: SIGKILL at each system call that changes the disk. # catalogue 19"""
     assert len(changes) > 30
+    assert "utimensat" in dict(changes)
     for name, when in changes:
         root = tmp_path / f"{name}-{when}"
         done = trace(root, "-e", f"inject={name}:signal=KILL:when={when}")
@@ -252,12 +262,43 @@ def test_eight_processes_of_eight_threads(tmp_path: Path, locks: str) -> None:
     assert len(names(tmp_path / "mdc" / "blobs")) == BLOBS
 
 
-def test_publishing_and_replacing_at_once(tmp_path: Path) -> None:
-    """A reader never sees a blob change, while others publish it again and again without any lock."""
-    cache = BlobCache(tmp_path / "mdc")
-    checksum = cache_kit.put(cache, DATA["tokenizer.json"])
-    before = os.stat(str(cache.find(checksum)))
-    for _ in range(20):
-        cache_kit.put(BlobCache(tmp_path / "mdc"), DATA["tokenizer.json"])
+PUBLISH = """
+    import sys
+    from cache_kit import DATA, put
+    from selfhost.frontend.cache import BlobCache
 
-    assert os.path.samestat(before, os.stat(str(cache.find(checksum))))
+    print("ready", flush=True)
+    sys.stdin.read()
+    for _ in range(100):
+        put(BlobCache(sys.argv[1]), DATA["tokenizer.json"])
+"""
+
+
+def test_reading_while_others_publish(tmp_path: Path) -> None:
+    """While three processes publish the same blob without any lock, it is whole and stays the same file."""
+    cache = BlobCache(tmp_path / "mdc")
+    checksum = Checksum.of(DATA["tokenizer.json"])
+    command = [sys.executable, "-c", textwrap.dedent(PUBLISH), cache.root]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    inodes, wrong = set(), 0
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(subprocess.Popen(command, env=environment(), **pipes)) for _ in range(3)
+        ]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdin is not None
+            assert child.stdout.readline() == b"ready\n"
+        for child in children:
+            child.stdin.close()
+        while any(child.poll() is None for child in children):
+            path = cache.find(checksum)
+            if path is not None:
+                with open(path, "rb") as file:
+                    inodes.add(os.fstat(file.fileno()).st_ino)
+                    wrong += file.read() != DATA["tokenizer.json"]
+
+    assert [child.returncode for child in children] == [0] * 3
+    assert wrong == 0
+    assert 1 <= len(inodes) <= 3  # those that began before the first one was published may replace it
+    assert temporaries(tmp_path / "mdc") == []

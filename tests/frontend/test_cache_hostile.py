@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from cache_kit import DATA, HOUR, MODEL, Clock, blob_path, names, put, put_model, run_python, tree
 
 from selfhost.card.checksum import Checksum
 from selfhost.errors import CacheError
+from selfhost.frontend import roots
 from selfhost.frontend.cache import BlobCache
 
 WANTED = {name: Checksum.of(data) for name, data in DATA.items()}
@@ -82,6 +84,7 @@ def test_planted_blob_folder_takes_no_bytes(cache: BlobCache, victim: Path) -> N
 
 def test_planted_stamps_folder_costs_a_hash(cache: BlobCache, victim: Path) -> None:
     """Stamps save work only."""
+    Path(cache.root, "stamps").mkdir(exist_ok=True)
     Path(cache.root, "stamps").rename(Path(cache.root, "moved"))
     Path(cache.root, "stamps").symlink_to(victim)
 
@@ -105,6 +108,38 @@ def test_planted_blob_is_not_followed(cache: BlobCache, victim: Path, target: st
     assert cache.find_model(MODEL, WANTED)
     assert not path.is_symlink()
     assert tree(victim) == before
+
+
+def test_planted_folders_in_place_of_a_blob(cache: BlobCache, tmp_path: Path) -> None:
+    """However often, and whatever is in them: each is set aside, and goes an hour later."""
+    path = blob_path(cache, TOKENIZER)
+    for _ in range(3):
+        path.unlink()
+        (path / "deeper").mkdir(parents=True)
+        (path / "deeper" / "file").write_text("x")
+        (path / "link").symlink_to(tmp_path)
+        assert cache.find(TOKENIZER) is None
+        put_model(cache)
+        assert cache.find_model(MODEL, WANTED)
+    (path.parent / ("1" * 64)).mkdir()
+    clock = Clock()
+    clock.ahead = 2 * HOUR
+    collected = BlobCache(cache.root, clock=clock).collect()
+
+    assert (collected.set_aside, collected.blobs) == (3, 1)
+    assert names(path.parent) == sorted(checksum.hex for checksum in WANTED.values())
+
+
+def test_planted_folder_in_place_of_what_was_set_aside(cache: BlobCache) -> None:
+    """A wrong file finds another name."""
+    path = blob_path(cache, TOKENIZER)
+    Path(f"{path}.corrupt", "x").mkdir(parents=True)
+    path.unlink()
+    path.write_text("wrong")
+
+    assert cache.find(TOKENIZER) is None
+    assert cache.find(put(cache, DATA["tokenizer.json"]))
+    assert cache.stats().set_aside == 2
 
 
 @pytest.mark.parametrize("target", ["victim/id_rsa", "victim/nowhere", "moved/tokenizer", "/dev/zero"])
@@ -227,6 +262,7 @@ def test_root_of_somebody_else_is_not_used_unasked(
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("DYN_MDC_CACHE", cache.root)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(roots, "_private", {})
     give_away(Path(cache.root))
     before = tree(Path(cache.root))
     other = BlobCache()
@@ -258,6 +294,77 @@ def test_shared_lower_cache(tmp_path: Path, give_away: Callable[[Path], None]) -
     Path(lower.root).chmod(0o755)
 
     assert cache.find(checksum) == str(blob_path(lower, checksum))
+
+
+# --- lower caches that cannot be read
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "blobs are a link", "blobs are a file"])
+def test_broken_lower_cache_is_empty(
+    cache: BlobCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """One warning names it; what is elsewhere is found, what is not is a miss."""
+    lower, further = tmp_path / "lower", BlobCache(tmp_path / "further")
+    checksum = put(further, b"further")
+    if kind == "file":
+        lower.write_text("")
+    elif kind == "loop":
+        lower.symlink_to(lower)
+    else:
+        lower.mkdir()
+        blobs = lower / "blobs"
+        blobs.write_text("") if kind == "blobs are a file" else blobs.symlink_to(tmp_path)
+    above = BlobCache(tmp_path / "above", lower=[lower, further.root])
+
+    assert above.find(Checksum.of(b"nowhere")) is None
+    assert above.find(checksum) == str(blob_path(further, checksum))
+    assert above.publish_model(MODEL, {"x": checksum}) == above.find_model(MODEL, {"x": checksum})
+    assert [f"cannot read '{lower}'" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ENOTCONN])
+@pytest.mark.parametrize("function", ["open", "stat"])
+def test_lower_cache_with_a_fault_is_empty(
+    cache: BlobCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+    code: int,
+) -> None:
+    """Whatever its file system says."""
+    put(BlobCache(tmp_path / "lower"), b"lower")
+    above = BlobCache(tmp_path / "above", lower=[tmp_path / "lower"])
+    original = getattr(os, function)
+    place = str(tmp_path / "lower") if function == "open" else Checksum.of(b"lower").hex
+
+    def refuse(path: str, *args: Any, **options: Any) -> Any:
+        if path == place:
+            raise OSError(code, os.strerror(code))
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, function, refuse)
+    assert above.find(Checksum.of(b"lower")) is None
+    assert above.find(Checksum.of(b"lower")) is None
+    assert caplog.text.count(f"cannot read '{tmp_path}/lower': {os.strerror(code)}") == 1
+
+
+def test_too_few_descriptors_for_a_lower_cache(
+    cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That says nothing about it, so it is no miss."""
+    above = BlobCache(tmp_path / "above", lower=[cache.root])
+    os_open = os.open
+
+    def refuse(path: str, *args: Any, **options: Any) -> int:
+        if path == cache.root:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return os_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CacheError, match="raise the limit") as caught:
+        above.find(TOKENIZER)
+    assert caught.value.path == cache.root
 
 
 # --- file systems that are full or closed: catalogue 128
@@ -324,14 +431,18 @@ def test_no_inodes_left(tmp_path: Path) -> None:
 def test_cache_on_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     """What is in it is found; what is not is a typed error, or goes into a root above it."""
     script = """
-        import errno, subprocess, sys
+        import errno, os, subprocess, sys
         from cache_kit import DATA, MODEL, OTHER_MODEL, put, put_model
         from selfhost.errors import CacheError
         from selfhost.frontend.cache import BlobCache
 
         root = sys.argv[1] + "/mdc"
         files = put_model(BlobCache(root))
-        subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+        wrong = put(BlobCache(root), b"wrong")
+        path = os.path.join(root, "blobs", wrong.hex)
+        os.chmod(path, 0o644)
+        open(path, "w").close()
+        subprocess.run(["mount", "-o", "remount,ro,bind", sys.argv[1]], check=True)
         cache = BlobCache(root)
         assert cache.find_model(MODEL, files) and BlobCache(root, verify="always").find_model(MODEL, files)
         try:
@@ -340,6 +451,7 @@ def test_cache_on_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
             assert err.errno == errno.EROFS and "lower cache" in str(err), err
         else:
             raise SystemExit("written")
+        assert cache.verify() == [wrong] and os.path.exists(path)
         above = BlobCache(sys.argv[2], lower=[root])
         assert above.publish_model(OTHER_MODEL, files)
         assert above.find(put(above, b"new"))
@@ -347,5 +459,6 @@ def test_cache_on_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
 
-    run_python(script, disk, tmp_path / "above", wrapper=in_namespace(disk, "size=4m"))
+    done = run_python(script, disk, tmp_path / "above", wrapper=in_namespace(disk, "size=4m"))
+    assert "it cannot be set aside: [Errno 30]" in done.stderr
     assert stat.S_IMODE((tmp_path / "above").stat().st_mode) == 0o700

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache_kit import (
@@ -23,6 +24,7 @@ from cache_kit import (
     names,
     put,
     put_model,
+    run_python,
     temporaries,
     tree,
 )
@@ -86,7 +88,7 @@ def test_oldest_go_until_the_rest_fits(four: BlobCache) -> None:
     assert collected == Collected((KEYS[0], KEYS[1]), 2, 2000, 0, 0, kept_bytes=2500)
     assert keys(four) == KEYS[2:]
     assert four.stats().bytes == 2500
-    assert len(names(Path(four.root, "stamps"))) == 3
+    assert set(names(Path(four.root, "stamps"))) <= set(names(Path(four.root, "blobs")))
 
 
 def test_last_user_takes_the_shared_blob_along(four: BlobCache) -> None:
@@ -159,17 +161,18 @@ def test_held_stays(four: BlobCache) -> None:
 
 
 def test_models_of_copies_are_counted_and_go(tmp_path: Path, clock: Clock) -> None:
-    """Copies refer to no blobs: those are garbage an hour later, so that each byte lies there once."""
+    """They keep the blobs that they were copied from, so that they can be exported; both go together."""
     cache = BlobCache(tmp_path / "mdc", links=False, clock=clock)
     files = put_model(cache)
     size = sum(map(len, DATA.values()))
     assert cache.stats().bytes == 2 * size
     clock.ahead = 3 * HOUR
 
-    assert cache.collect(max_bytes=size) == Collected((), 2, size, 0, 0, kept_bytes=size)
-    assert cache.find_model(MODEL, files)
-    clock.ahead = 6 * HOUR
-    assert cache.collect(max_bytes=size - 1) == Collected((MODEL,), 0, size, 0, 0, kept_bytes=0)
+    assert cache.collect(max_bytes=2 * size) == Collected((), 0, 0, 0, 0, kept_bytes=2 * size)
+    assert [model.bytes for model in cache.models()] == [size]
+    cache.export_model(files, tmp_path / "out")
+    assert names(tmp_path / "out") == sorted(DATA)
+    assert cache.collect(max_bytes=2 * size - 1) == Collected((MODEL,), 2, 2 * size, 0, 0, kept_bytes=0)
 
 
 def test_empty_slug(cache: BlobCache, clock: Clock) -> None:
@@ -182,6 +185,68 @@ def test_empty_slug(cache: BlobCache, clock: Clock) -> None:
 
     assert cache.collect(max_bytes=0, keep=[digest_slug]).models == (plain,)
     assert keys(cache) == [digest_slug]
+
+
+def test_more_slugs_than_descriptors(tmp_path: Path) -> None:
+    """Each folder is open for as long as it is looked at."""
+    script = """
+        import resource, sys
+        from cache_kit import Clock, put
+        from selfhost.frontend.cache import BlobCache, ModelKey
+
+        clock = Clock()
+        cache = BlobCache(sys.argv[1], clock=clock, fsync=False)
+        files = {"x": put(cache, b"x")}
+        for index in range(100):
+            cache.publish_model(ModelKey(f"slug-{index}", "a" * 64), files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        clock.ahead = 3 * 3600.0
+        assert cache.stats().models == len(cache.models()) == 100
+        assert len(cache.collect(max_bytes=0, dry_run=True).models) == 100
+        assert len(cache.collect(max_bytes=0).models) == 100
+        assert cache.stats().models == cache.stats().blobs == 0
+    """
+    run_python(script, tmp_path / "mdc")
+
+
+@pytest.mark.parametrize("call", ["collect", "stats", "models"])
+def test_too_few_descriptors_are_no_empty_cache(
+    four: BlobCache, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A folder that cannot be opened for want of descriptors is there nevertheless."""
+    before = tree(Path(four.root, "blobs"))
+    os_open = os.open
+
+    def refuse(path: str, *args: Any, **options: Any) -> int:
+        if path == KEYS[2].mdcsum:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return os_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CacheError, match="too many open files: raise the limit"):
+        getattr(four, call)()
+    assert tree(Path(four.root, "blobs")) == before
+
+
+def test_folder_that_cannot_be_looked_into(
+    four: BlobCache, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left out and counted; what is in it may refer to any blob, so none is removed."""
+    other = ModelKey("other", "b" * 64)
+    put_model(four, other, {"own.json": b"o" * 10})
+    clock.ahead += 3 * HOUR
+    Path(four.root).chmod(0o755)
+    Path(four.root, "by-slug", "other").chmod(0o777)
+
+    assert keys(four) == KEYS
+    assert four.stats().unreadable == 1
+    assert "cannot look into" in caplog.text
+    dry = four.collect(max_bytes=0, dry_run=True)
+    assert four.collect(max_bytes=0) == dry
+    assert (dry.models, dry.blobs) == (tuple(KEYS), 0)
+    assert len(names(Path(four.root, "blobs"))) == 6
+    Path(four.root, "by-slug", "other").chmod(0o755)
+    assert four.collect().blobs == 5
 
 
 # --- what was left over
@@ -310,6 +375,42 @@ def test_model_used_at_the_last_moment_stays(
     monkeypatch.setattr(fcntl, "flock", use_it)
     assert KEYS[0] not in four.collect(max_bytes=3600).models
     assert target.is_dir()
+
+
+def test_model_used_after_the_last_look_comes_back(
+    four: BlobCache, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A use that was written down just before the directory lost its name is seen, and it gets it back."""
+    rename = os.rename
+    target = model_path(four, KEYS[0])
+
+    def use_it(source: str, *args: Any, **options: Any) -> None:
+        if source == KEYS[0].mdcsum:
+            os.utime(target, (clock(), clock()))
+        rename(source, *args, **options)
+
+    monkeypatch.setattr(os, "rename", use_it)
+    assert KEYS[0] not in four.collect(max_bytes=3600).models
+    assert names(target) == ["common.json", "own.json"]
+    assert (target / "own.json").exists()
+    assert temporaries(Path(four.root)) == []
+
+
+def test_model_that_goes_while_it_is_found(
+    cache: BlobCache, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that loses its name before the use of it is written down is no hit."""
+    files = put_model(cache)
+    clock.ahead = 3 * HOUR
+    utime = os.utime
+
+    def collect_first(*args: Any, **options: Any) -> None:
+        monkeypatch.setattr(os, "utime", utime)
+        assert BlobCache(cache.root, clock=clock).collect(max_bytes=0).models == (MODEL,)
+        utime(*args, **options)
+
+    monkeypatch.setattr(os, "utime", collect_first)
+    assert cache.find_model(MODEL, files) is None
 
 
 def test_unlockable_directories_stay(

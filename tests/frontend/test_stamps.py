@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
-from cache_kit import Clock, blob_path, put
+from cache_kit import Clock, blob_path, date_all_changes_alike, date_each_change, put
 
 from selfhost.card.checksum import Checksum
-from selfhost.frontend import blobs
+from selfhost.errors import CacheError
+from selfhost.frontend import stamps
 from selfhost.frontend.cache import BlobCache
 
 DATA = b"0123456789" * 1000
@@ -22,13 +24,13 @@ DATA = b"0123456789" * 1000
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Note the size of each file that is hashed in order to verify it."""
     sizes: list[int] = []
-    hash_fd = blobs.hash_fd
+    hash_fd = stamps.hash_fd
 
     def note(fd: int, expected_bytes: int) -> tuple[Checksum, int]:
         sizes.append(expected_bytes)
         return hash_fd(fd, expected_bytes)
 
-    monkeypatch.setattr(blobs, "hash_fd", note)
+    monkeypatch.setattr(stamps, "hash_fd", note)
     return sizes
 
 
@@ -68,28 +70,92 @@ def put_another_in_its_place(path: Path) -> None:
     "change", [flip, flip_and_set_times_back, flip_through_a_mapping, put_another_in_its_place]
 )
 @pytest.mark.parametrize("is_new_process", [False, True])
+@pytest.mark.parametrize("dates", ["as they are", "all alike"])
 def test_changed_blob_is_no_hit(
-    tmp_path: Path, hashed: list[int], change: Callable[[Path], None], is_new_process: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    is_new_process: bool,
+    dates: str,
 ) -> None:
-    """However a stamped blob is changed, its ctime tells. # catalogue 17"""
-    cache = BlobCache(tmp_path / "mdc")
-    checksum = put(cache, DATA)
-    assert cache.find(checksum)
-    assert hashed == []
-    change(blob_path(cache, checksum))
+    """However a published blob is changed, and be it in the tick in which it was. # catalogue 17"""
+    with monkeypatch.context() as patch:
+        clock = date_all_changes_alike(patch) if dates == "all alike" else Clock()
+        cache = BlobCache(tmp_path / "mdc", clock=clock)
+        checksum = put(cache, DATA)
+        assert cache.find(checksum)
+        change(blob_path(cache, checksum))
 
-    assert (BlobCache(cache.root) if is_new_process else cache).find(checksum) is None
-    assert hashed == [len(DATA)]
+        assert (BlobCache(cache.root, clock=clock) if is_new_process else cache).find(checksum) is None
     assert not blob_path(cache, checksum).exists()
 
 
-def test_published_blob_is_not_read_again(tmp_path: Path, hashed: list[int]) -> None:
+def test_published_blob_is_not_read_again(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was hashed while it was written needs no second look, in any process."""
+    with monkeypatch.context() as patch:
+        date_each_change(patch)
+        cache = BlobCache(tmp_path / "mdc")
+        checksum = put(cache, DATA)
+
+        assert cache.find(checksum) == BlobCache(cache.root).find(checksum) == str(blob_path(cache, checksum))
+    assert hashed == []
+
+
+def test_published_blob_where_changes_may_be_dated_alike(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is hashed at each use, until it was left alone for long enough; once then."""
+    with monkeypatch.context() as patch:
+        stopped = date_all_changes_alike(patch)
+        cache = BlobCache(tmp_path / "mdc", clock=stopped)
+        checksum = put(cache, DATA)
+        assert not (tmp_path / "mdc" / "stamps").exists()
+        assert cache.find(checksum)
+        assert cache.find(checksum)
+        assert hashed == [len(DATA)] * 2
+
+        cache = BlobCache(tmp_path / "mdc", clock=lambda: stopped() + 3.0)
+        assert cache.find(checksum)
+        assert cache.find(checksum)
+        assert BlobCache(cache.root).find(checksum)
+    assert hashed == [len(DATA)] * 3
+
+
+def test_published_blob_on_the_file_system_of_the_tests(tmp_path: Path, hashed: list[int]) -> None:
+    """Either it needs no second look at all, or each one until it was left alone."""
     cache = BlobCache(tmp_path / "mdc")
     checksum = put(cache, DATA)
+    assert cache.find(checksum)
+    assert BlobCache(cache.root).find(checksum)
 
-    assert cache.find(checksum) == BlobCache(cache.root).find(checksum) == str(blob_path(cache, checksum))
-    assert hashed == []
+    assert len(hashed) in (0, 2)
+    assert (tmp_path / "mdc" / "stamps" / checksum.hex).is_symlink() == (not hashed)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_blob_that_changes_while_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A change between its hash and its stamp is not stamped, whether or not its date tells it at once."""
+    rename = os.rename
+
+    def meddle(source: str, target: str, **options: Any) -> None:
+        folder = tmp_path / "mdc" / "blobs"
+        if moment == "before":
+            flip(folder / source)
+        rename(source, target, **options)
+        if moment == "after":
+            flip(folder / target)
+
+    cache = BlobCache(tmp_path / "mdc")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", meddle)
+        with contextlib.suppress(CacheError):
+            put(cache, DATA)
+    assert cache.find(Checksum.of(DATA)) is None
+    assert BlobCache(cache.root).find(Checksum.of(DATA)) is None
 
 
 def test_found_blob_is_hashed_once(tmp_path: Path, hashed: list[int]) -> None:
@@ -148,7 +214,7 @@ def test_blob_that_changes_while_it_is_hashed(
     """Any doubt is a miss; but a good blob that took the place of a wrong one is not set aside with it."""
     cache = BlobCache(tmp_path / "mdc", verify="always")
     path = blob_path(cache, put(cache, DATA))
-    hash_fd = blobs.hash_fd
+    hash_fd = stamps.hash_fd
 
     def meddle(fd: int, expected_bytes: int) -> tuple[Checksum, int]:
         checksum, size = hash_fd(fd, expected_bytes)
@@ -161,7 +227,7 @@ def test_blob_that_changes_while_it_is_hashed(
         return Checksum("0" * 64), size
 
     with monkeypatch.context() as patch:
-        patch.setattr(blobs, "hash_fd", meddle)
+        patch.setattr(stamps, "hash_fd", meddle)
         assert cache.find(Checksum(path.name)) is None
     assert path.exists() == (what == "replaced")
 
@@ -189,8 +255,11 @@ def test_no_stamps_where_the_group_may_write(tmp_path: Path, hashed: list[int], 
     assert hashed == [len(DATA)] * 2
 
 
-def test_group_may_write_where_it_cannot_enter(tmp_path: Path, hashed: list[int]) -> None:
+def test_group_may_write_where_it_cannot_enter(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A umask of 002 makes folders that the group may write to; inside a closed root that means nothing."""
+    date_each_change(monkeypatch)
     cache = BlobCache(tmp_path / "mdc")
     checksum = put(cache, DATA)
     (tmp_path / "mdc" / "blobs").chmod(0o777)
@@ -205,7 +274,8 @@ def test_foreign_stamp_is_worth_nothing(tmp_path: Path, hashed: list[int], text:
     cache = BlobCache(tmp_path / "mdc")
     checksum = put(cache, DATA)
     stamp = tmp_path / "mdc" / "stamps" / checksum.hex
-    stamp.unlink()
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.unlink(missing_ok=True)
     if text:
         stamp.symlink_to(text)
     else:
