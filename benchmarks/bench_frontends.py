@@ -18,12 +18,12 @@ import argparse
 import contextlib
 import functools
 import http.client
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +42,10 @@ from selfhost.demo_model import write_demo_model
 from selfhost.discovery import Bucket, FileDiscovery, RecordKey, instance_record, model_record
 from selfhost.frontend.cache import BlobCache
 from selfhost.frontend.resolver import MetadataResolver
+from selfhost.frontend.watcher import ModelWatcher
 
 BIG_FILES = {"vocab.json": 11_400_000, "merges.txt": 6_500_000, "added_tokens.json": 2_000_000}  # 20 MB
 CROWDS = (1, 4, 16, 64)
-POLL_SECONDS = 0.01  # how often our watcher looks: a stat of one directory
 TIMEOUT = 60.0
 
 
@@ -226,13 +226,11 @@ def our_watcher(store: Path, home: Path) -> Iterator[None]:
 
 
 def watch(store: str, cache: str) -> None:
-    """Resolve every model that is published, until killed."""
-    with FileDiscovery(store) as discovery, MetadataResolver(BlobCache(cache)) as resolver:
+    """Keep every model that is published resolved, as a gateway does, until killed."""
+    resolver = MetadataResolver(BlobCache(cache))
+    with FileDiscovery(store) as discovery, resolver, ModelWatcher(discovery, resolver):
         print("ready", flush=True)
-        for event in discovery.watch(Bucket.MODELS, poll_seconds=POLL_SECONDS):
-            if event.text is not None:
-                card = json.loads(event.text)["card_json"]
-                resolver.resolve(ModelDeploymentCard.from_json(json.dumps(card)))
+        threading.Event().wait()
 
 
 @contextlib.contextmanager

@@ -11,16 +11,29 @@ requests to a URL or an origin:
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from selfhost.card.checked_file import CheckedFile
 from selfhost.card.checksum import Checksum
+from selfhost.card.model_card import ModelDeploymentCard
 from selfhost.errors import FetchError, FetchTimeout, HTTPStatusError, SizeLimitExceeded
+from selfhost.frontend.cache import BlobCache
+from selfhost.frontend.limits import ResolverLimits
+from selfhost.frontend.resolver import MetadataResolver, ResolvedModel
 from selfhost.frontend.transport import Sink, origin_of
 
 PIECE_BYTES = 1000
+A, B, C = "http://a:9090/m", "http://b:9090/m", "http://c:9090/m"
+ONE_BY_ONE = ResolverLimits(connections=1)  # so that the order of requests is known
+
+MakeResolver = Callable[..., MetadataResolver]
+Serve = Callable[..., ModelDeploymentCard]
 
 
 class Asked(NamedTuple):
@@ -50,12 +63,14 @@ class OriginSimulator:
         self,
         files: Optional[Mapping[str, bytes]] = None,
         *,
-        uses_network: bool = True,
+        needs_network: bool = True,
         may_drift: bool = False,
+        nearby: Optional[OriginSimulator] = None,
     ) -> None:
         self.files = dict(files or {})
-        self.uses_network = uses_network
+        self.needs_network = needs_network
         self.may_drift = may_drift
+        self.nearby = nearby  # what of it is on this machine
         self.ignores_ranges = False
         self.etag: Callable[[str, bytes], Optional[str]] = lambda url, data: f'"{Checksum.of(data).hex}"'
         self.asked: list[Asked] = []
@@ -96,12 +111,16 @@ class OriginSimulator:
                 return self._always[where]
         return well
 
+    def offline(self) -> Optional[OriginSimulator]:
+        """Return these origins if they are said to be on this machine, or those that are."""
+        return self.nearby if self.needs_network else self
+
     def close(self) -> None:
         """Count."""
         self.closed += 1
 
 
-def send(transfer: Transfer, data: bytes) -> None:
+def send(transfer: Transfer, data: bytes, *, before_piece: Callable[[], object] = lambda: None) -> None:
     """Send bytes in small pieces, from where the sink stands."""
     sink, etag = (
         transfer.sink,
@@ -112,6 +131,7 @@ def send(transfer: Transfer, data: bytes) -> None:
             sink.restart()
         sink.validator = etag
     for start in range(sink.received, len(data), PIECE_BYTES):
+        before_piece()
         if sink.received + len(data[start : start + PIECE_BYTES]) > transfer.max_bytes:
             raise SizeLimitExceeded(
                 f"{transfer.url}: longer than {transfer.max_bytes} bytes",
@@ -148,12 +168,21 @@ def broken_after(count: int) -> Script:
 refused = broken_after(0)
 
 
+def drips(wait: Callable[[float], Any], *, seconds: float) -> Script:
+    """Return a script that serves well, but waits before each piece."""
+
+    def play(transfer: Transfer) -> None:
+        send(transfer, transfer.origins.files[transfer.url], before_piece=lambda: wait(seconds))
+
+    return play
+
+
 def status(code: int, *, retry_after: Optional[float] = None) -> Script:
     """Return a script that answers with a status."""
 
     def play(transfer: Transfer) -> None:
         raise HTTPStatusError(
-            f"{transfer.url}: status {code}",
+            f"status {code}",
             url=transfer.url,
             status=code,
             is_transient=code in (429, 503),
@@ -192,3 +221,23 @@ class FakeClock:
         with self._lock:
             self.slept.append(seconds)
             self.now += seconds
+
+
+# ------------------------------------------------------------------ around a resolver
+
+
+def contents(model: ResolvedModel) -> dict[str, bytes]:
+    """Return what is in the directory of a model."""
+    return {path.name: path.read_bytes() for path in Path(model.local_dir).iterdir()}
+
+
+def leftovers(cache: BlobCache) -> list[str]:
+    """Return everything below the blobs folder that is no whole blob."""
+    blobs = Path(cache.root) / "blobs"
+    names = [path.name for path in blobs.iterdir()] if blobs.exists() else []
+    return [name for name in names if not re.fullmatch("[0-9a-f]{64}", name)]
+
+
+def extra(path: str, data: bytes, **changes: Any) -> CheckedFile:
+    """Return a file that a card may list."""
+    return replace(CheckedFile(path, Checksum.of(data), len(data)), **changes)

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Callable, Literal, Optional, Union
 
 from ..card.checksum import Checksum
+from ..errors import CacheError
 from .blob_writer import BlobWriter
 from .blobs import Blobs
 from .folders import BLOBS, OpenRoot, Root, attempt, cannot
@@ -34,6 +35,7 @@ from .locks import Locks, hold_folder
 from .model_dirs import BlobMissing, ModelDirs, ModelKey
 from .roots import choose_root
 from .stamps import Verifier
+from .strangers import wait_for_strangers
 
 if TYPE_CHECKING:  # what only housekeeping needs is loaded by it
     from .collect import Collected
@@ -80,6 +82,8 @@ class BlobCache:
         lowers = [*(Root(os.fspath(path), is_lower=True) for path in lower), *found]
         verifier = Verifier(always=verify == "always", clock=clock)
         self._layers = [Blobs(layer, verifier) for layer in (self._root, *lowers)]
+        self._monotonic = monotonic
+        self._sleep = sleep
         self._locks = Locks(self._root, seconds=lock_seconds, clock=monotonic, sleep=sleep)
         self._models = ModelDirs(self._root, self._layers, verifier, links=links, clock=clock)
         self._clock = clock
@@ -146,6 +150,24 @@ class BlobCache:
         `lock_seconds` passed in vain (a warning); go on without it. Or `give_up()` became true meanwhile.
         """
         return self._locks.hold(checksum.hex, give_up=give_up)
+
+    def wait_for_strangers(self, checksum: Checksum, *, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Wait while somebody without a lock, a Dynamo frontend, writes the blob; whether there was one.
+
+        Waits for `lock_seconds` at most, and no longer than the file grows. Then look again.
+        """
+        with contextlib.suppress(OSError, CacheError), self._root.open() as own:
+            folder = own.get(BLOBS)
+            if folder is not None:
+                return wait_for_strangers(
+                    folder.fd,
+                    checksum.hex,
+                    seconds=self._locks.seconds,
+                    give_up=give_up,
+                    clock=self._monotonic,
+                    sleep=self._sleep,
+                )
+        return False
 
     def import_blob(self, path: Path, checksum: Checksum) -> str:
         """Copy a local file into the cache, if it is the right one, and return the blob's path.

@@ -1,8 +1,9 @@
 """A few threads that work off a list together with the thread that has it.
 
 Knows nothing of what the work is. Threads are started one after the other, each only if work still waits a
-moment later: on a fast network one connection is the fastest, on a slow one several are. They are never
-daemons and always joined, so nothing runs on after the call.
+moment later: on a fast network one connection is the fastest, on a slow one several are. They are always
+joined, so nothing runs on after the call. They are daemons all the same: the interpreter's exit waits for
+threads that are not, and would wait for those of a call that nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Crew(Generic[Job]):
     """Does each of the jobs once, in their order, with up to `size` threads; the calling one is among them.
 
     The first job that raises ends it all: no other is begun, and `stop` is set, at which those under way
-    should end soon, with whatever exception they like. One crew works off one list.
+    should end soon, with whatever exception they like. An interrupt (what is no Exception) comes before any
+    error. Whoever sets `stop` from outside ends it as well: `run` returns then. One crew works off one list.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class Crew(Generic[Job]):
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            if self._first_error is None and not self._stop.is_set():
+            is_first = self._first_error is None and not self._stop.is_set()
+            if is_first or (_is_interrupt(error) and not _is_interrupt(self._first_error)):
                 self._first_error = error
         self._halt()
 
@@ -91,7 +94,7 @@ class Crew(Generic[Job]):
     def _start_thread(self) -> None:
         if len(self._threads) + 1 >= self._size:
             return
-        thread = threading.Thread(target=self._help, name="selfhost-fetch", daemon=False)
+        thread = threading.Thread(target=self._help, name="selfhost-fetch", daemon=True)
         self._threads.append(thread)  # first, so that an interrupt does not make us forget one that runs
         try:
             thread.start()
@@ -108,3 +111,7 @@ class Crew(Generic[Job]):
         for thread in self._threads:  # grows meanwhile: a thread starts the next one before it works or ends
             if thread.ident is not None:
                 thread.join()
+
+
+def _is_interrupt(error: Optional[BaseException]) -> bool:
+    return error is not None and not isinstance(error, Exception)

@@ -8,6 +8,15 @@ Rules
   longer for it: the threads of one resolve that meet one dead worker count as one failure.
 - A success clears it. So does time: a failure that is long over says nothing about the next one.
 
+    A source is   when it failed                            and then
+    ------------  ----------------------------------------  ------------------------------------------------
+    resting       lately: its back-off is not over          it is asked after those that do not rest
+    blocked       lately, and that was final                it is not asked if all sources of the file are
+    spent         since the resolve began; that was final   it is not asked again within this resolve
+
+A failure is final if another try within the same resolve is not worth it (a time-out, a 404, wrong bytes, or
+what might be over soon after the last round), whichever file it was met with.
+
 This remembers and tells; what follows for the order of sources is decided in `sources`. Any number of threads
 may share a memo. It is no good in a forked child, whose lock may be held by a thread that is not there.
 """
@@ -20,12 +29,14 @@ from collections.abc import Iterator
 from random import random as random_fraction
 from typing import Callable, NamedTuple, Optional, Union
 
+from ..card.checksum import Checksum
 from ..errors import FetchError, FetchTimeout, HTTPStatusError, PeerNotAllowed, VerificationError
 from .transport import origin_of
 
 SourceError = Union[FetchError, VerificationError]  # what moves on to the next source
 
 _REASON_CHARS = 200  # of an error's text; the whole text was in the error of the resolve that met it
+_KEY_CHARS = 512  # of a URL; a longer one is remembered by its hash
 
 
 class Source(NamedTuple):
@@ -58,7 +69,7 @@ class FailureMemo:
         *,
         first_seconds: float = 1.0,
         max_seconds: float = 30.0,
-        max_entries: int = 4096,  # about 1 MiB; the oldest is forgotten first
+        max_entries: int = 4096,  # 4 MiB at most; the oldest is forgotten first
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random_fraction,
     ) -> None:
@@ -68,28 +79,33 @@ class FailureMemo:
         self._clock = clock
         self._random = random
         self._lock = threading.Lock()
-        self._failures: dict[str, Failure] = {}  # by URL or origin, the latest last
+        self._failures: dict[str, Failure] = {}  # by the key of a URL or origin, the latest last
         self._number = 0
 
-    def remember(self, source: Source, error: SourceError, *, is_final: bool) -> None:
-        """Note that the source failed; `is_final` says that it is not worth another try soon."""
-        key = source.origin if concerns_origin(error) else source.url
+    def remember(
+        self, source: Source, error: SourceError, *, is_final: bool, rest_seconds: float = 0.0
+    ) -> None:
+        """Note that the source failed; `is_final` says that it is not worth another try soon.
+
+        It rests for `rest_seconds` at least, as for what it asked for itself: within the longest back-off.
+        """
+        key = _key(source.origin if concerns_origin(error) else source.url)
+        asked = max(rest_seconds, getattr(error, "retry_after", None) or 0.0)
         with self._lock:
             self._number += 1
-            self._failures[key] = self._next(self._failures.pop(key, None), error, is_final)
+            self._failures[key] = self._next(self._failures.pop(key, None), str(error), asked, is_final)
             if len(self._failures) > self._max_entries:
                 del self._failures[next(iter(self._failures))]
 
-    def _next(self, before: Optional[Failure], error: SourceError, is_final: bool) -> Failure:
+    def _next(self, before: Optional[Failure], text: str, asked: float, is_final: bool) -> Failure:
         now = self._clock()
-        reason = str(error)[:_REASON_CHARS]
+        reason = text[:_REASON_CHARS]
         if before is not None and now < before.until:
             is_final = is_final or before.is_final
             return before._replace(reason=reason, number=self._number, is_final=is_final)
         is_repeated = before is not None and now < before.until + self._max_seconds
         in_a_row = before.in_a_row + 1 if before is not None and is_repeated else 1
-        asked = min(self._max_seconds, getattr(error, "retry_after", None) or 0.0)
-        until = now + max(self._back_off(in_a_row), asked)
+        until = now + max(self._back_off(in_a_row), min(self._max_seconds, asked))
         return Failure(reason, self._number, in_a_row, until, is_final)
 
     def _back_off(self, in_a_row: int) -> float:
@@ -99,8 +115,8 @@ class FailureMemo:
     def forget(self, source: Source) -> None:
         """Note that the source gave what it should."""
         with self._lock:
-            self._failures.pop(source.url, None)
-            self._failures.pop(source.origin, None)
+            for key in _keys(source):
+                self._failures.pop(key, None)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -131,7 +147,7 @@ class FailureMemo:
         return "" if latest is None else latest.reason
 
     def _of(self, source: Source) -> Iterator[Failure]:
-        for key in {source.url, source.origin}:
+        for key in _keys(source):
             failure = self._failures.get(key)  # one dictionary read: no lock needed
             if failure is not None:
                 yield failure
@@ -149,3 +165,14 @@ def concerns_origin(error: SourceError) -> bool:
         return True
     is_connection = isinstance(error, FetchError) and not isinstance(error, HTTPStatusError)
     return is_connection and error.is_transient  # type: ignore[union-attr]
+
+
+def _keys(source: Source) -> set[str]:
+    return {_key(source.url), _key(source.origin)}
+
+
+def _key(location: str) -> str:
+    """Return what a URL or an origin is remembered by: a card may have very long ones."""
+    if len(location) <= _KEY_CHARS:
+        return location
+    return Checksum.of(location.encode(errors="surrogatepass")).hex

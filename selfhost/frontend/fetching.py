@@ -8,6 +8,7 @@ Rules
   before it is blamed.
 - A FetchError or VerificationError moves on to the next source, the latter with a warning. Whatever else is
   raised ends the resolve.
+- Offline, only what the transports can do without a network is tried, and nothing is remembered of it.
 
 Which source is next is decided in `sources`, what is remembered of failures in `failures`.
 """
@@ -15,6 +16,7 @@ Which source is next is decided in `sources`, what is remembered of failures in 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,24 +31,19 @@ from ..errors import (
     SizeLimitExceeded,
     SourceDrifted,
     VerificationError,
-    shown,
+    shown_url,
 )
-from .cache import BlobCache, BlobWriter
+from .cache import BlobCache
 from .failures import FailureMemo, Source, SourceError
 from .limits import ResolverLimits
 from .progress import ProgressMeter
-from .reports import missing_offline, nowhere_to_be_had
-from .sources import Rounds
-from .transport import Bytes, Transport, transport_for
+from .resolve_errors import drifted, html_instead, missing_offline, nowhere_to_be_had
+from .sources import Rounds, Turn
+from .transport import Transport, transport_for
 from .wanted import WantedBlob
+from .watched_sink import SourceTooSlow, Stopped, WatchedSink
 
 logger = logging.getLogger(__name__)
-
-_HTML = (b"<!doctype html", b"<html")
-
-
-class Stopped(Exception):
-    """The resolve is ending, because something else of it failed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Surroundings:
     """What fetching works with; the same for every blob of a resolve."""
 
     cache: BlobCache
-    transports: Mapping[str, Transport]
+    transports: Mapping[str, Transport]  # offline: of those that need no network
     failures: FailureMemo
     limits: ResolverLimits
     offline: bool
@@ -90,8 +87,9 @@ class BlobFetcher:
         with self._around.cache.lock(blob.checksum, give_up=self._stop.is_set):
             if self._stop.is_set():
                 raise Stopped
-            if self._around.cache.find(blob.checksum) is not None:
-                self._meter.done(blob, blob.size)
+            path = self._find(blob)
+            if path is not None:
+                self._meter.done(blob, _bytes_of(path, blob))
                 return
             try:
                 self._fetch(blob)
@@ -99,6 +97,14 @@ class BlobFetcher:
                 if not self._around.offline:
                     raise
                 self._given_up.append((blob, error))
+
+    def _find(self, blob: WantedBlob) -> Optional[str]:
+        """Look into the cache once more, and again when nobody else is writing the blob any longer."""
+        cache = self._around.cache
+        path = cache.find(blob.checksum)
+        if path is None and cache.wait_for_strangers(blob.checksum, give_up=self._stop.is_set):
+            path = cache.find(blob.checksum)
+        return path
 
     def raise_given_up(self) -> None:
         """Raise one error for all that an offline resolve could not find."""
@@ -112,8 +118,15 @@ class BlobFetcher:
         usable, attempts = self._usable(self._sources.get(blob.checksum, ()))
         rounds = self._rounds(usable)
         if rounds.seconds_blocked is None:
-            with self._around.cache.write(blob.checksum, blob.size) as writer:
-                sink = _WatchedSink(writer, blob, self._meter, self._stop)
+            with self._around.cache.write(blob.checksum) as writer:
+                sink = WatchedSink(
+                    writer,
+                    blob,
+                    meter=self._meter,
+                    stop=self._stop,
+                    limits=self._around.limits,
+                    clock=self._around.clock,
+                )
                 if self._ask_in_turn(rounds, blob, sink, attempts):
                     return
         raise self._nowhere(blob, rounds, attempts) from (attempts[-1].error if attempts else None)
@@ -123,12 +136,11 @@ class BlobFetcher:
         usable, refused = [], []
         for source in sources:
             try:
-                transport = transport_for(self._around.transports, source.url)
-            except SchemeNotAllowed as error:
-                refused.append(Attempt(source.url, error, 0.0))
-                continue
-            if not (self._around.offline and transport.uses_network):
+                transport_for(self._around.transports, source.url)
                 usable.append(source)
+            except SchemeNotAllowed as error:
+                if not self._around.offline:  # where it most likely is one that needs the network
+                    refused.append(Attempt(source.url, error, 0.0))
         return usable, refused
 
     def _rounds(self, sources: Sequence[Source]) -> Rounds:
@@ -143,7 +155,7 @@ class BlobFetcher:
         )
 
     def _ask_in_turn(
-        self, rounds: Rounds, blob: WantedBlob, sink: _WatchedSink, attempts: list[Attempt]
+        self, rounds: Rounds, blob: WantedBlob, sink: WatchedSink, attempts: list[Attempt]
     ) -> bool:
         """Ask source after source; tell whether one gave the blob, and add the failed ones to `attempts`."""
         while True:
@@ -153,7 +165,7 @@ class BlobFetcher:
             self._pause(turn.pause_seconds)
             started = self._around.clock()
             try:
-                self._ask(turn.source, blob, sink)
+                self._ask(turn, blob, sink)
             except (FetchError, VerificationError) as error:
                 attempts.append(Attempt(turn.source.url, error, self._around.clock() - started))
                 self._note_failure(turn.source, error, is_final=rounds.failed(turn.source, error))
@@ -167,28 +179,47 @@ class BlobFetcher:
         if self._stop.is_set():
             raise Stopped
 
-    def _ask(self, source: Source, blob: WantedBlob, sink: _WatchedSink) -> None:
-        transport = transport_for(self._around.transports, source.url)
+    def _ask(self, turn: Turn, blob: WantedBlob, sink: WatchedSink) -> None:
+        url = turn.source.url
+        transport = transport_for(self._around.transports, url)
+        sink.begin_transfer(url, may_be_slow=turn.may_be_slow)
         try:
-            self._transfer(transport, source.url, blob, sink)
+            if not self._has_nearby(transport, url, blob, sink):
+                self._transfer(transport, url, blob, sink)
         except (VerificationError, SizeLimitExceeded) as error:
             looks_like_html = sink.looks_like_html
             sink.restart()
             if transport.may_drift:
-                raise _drifted(source.url, blob, error) from error
+                raise drifted(url, blob, error) from error
             if looks_like_html and isinstance(error, VerificationError):
-                raise _html(error) from error
+                raise html_instead(error) from error
             raise
 
-    def _transfer(self, transport: Transport, url: str, blob: WantedBlob, sink: _WatchedSink) -> None:
-        sink.begin_transfer()
+    def _has_nearby(self, transport: Transport, url: str, blob: WantedBlob, sink: WatchedSink) -> bool:
+        """Tell whether a source that may drift has the right bytes here, without the network, and take them.
+
+        What it has elsewhere by now may be another version; only the hash knows which one the card means.
+        """
+        nearby = transport.offline() if transport.may_drift else None
+        if nearby is None or nearby is transport:
+            return False
+        try:
+            self._transfer(nearby, url, blob, sink)
+        except (FetchError, VerificationError) as error:
+            logger.debug("%s: not from here: %s", shown_url(url), error)
+            if isinstance(error, VerificationError):  # else the bytes of an earlier source may be in it still
+                sink.restart()
+            return False
+        return True
+
+    def _transfer(self, transport: Transport, url: str, blob: WantedBlob, sink: WatchedSink) -> None:
         transport.fetch(url, sink, max_bytes=blob.max_bytes)
         try:
             sink.publish(url)
         except VerificationError:
             if not sink.is_continued:
                 raise
-            logger.debug("%s: wrong when continued, asking for the whole", shown(url))
+            logger.debug("%s: wrong when continued, asking for the whole", shown_url(url))
             sink.restart()
             transport.fetch(url, sink, max_bytes=blob.max_bytes)
             sink.publish(url)
@@ -197,15 +228,19 @@ class BlobFetcher:
         self.fetched.add(blob.checksum)
         self._meter.done(blob, None)
         self._around.failures.forget(source)
-        logger.debug("fetched %s from %s", blob, shown(source.url))
+        logger.debug("fetched %s from %s", blob, shown_url(source.url))
 
     def _note_failure(self, source: Source, error: SourceError, *, is_final: bool) -> None:
-        if isinstance(error, VerificationError):
+        if isinstance(error, SourceDrifted):
+            logger.warning("drifted: %s", error)
+        elif isinstance(error, VerificationError):
             logger.warning("wrong bytes: %s", error)  # which names the source
         else:
             logger.debug("a source failed: %s", error)
         if not self._around.offline:  # what needs no network is not spared, and may be there next time
-            self._around.failures.remember(source, error, is_final=is_final)
+            # Slow sources stay slow for a while: a short rest would cost the next file as many seconds again.
+            rest = self._around.limits.max_backoff_seconds if isinstance(error, SourceTooSlow) else 0.0
+            self._around.failures.remember(source, error, is_final=is_final, rest_seconds=rest)
 
     def _nowhere(self, blob: WantedBlob, rounds: Rounds, attempts: Sequence[Attempt]) -> ResolveError:
         asked = {attempt.url for attempt in attempts}
@@ -217,64 +252,9 @@ class BlobFetcher:
         return nowhere_to_be_had(blob, attempts, skipped, rounds.seconds_blocked)
 
 
-class _WatchedSink:
-    """The cache's writer as a transport sees it: counts for the progress, ends when the resolve does."""
-
-    def __init__(
-        self, writer: BlobWriter, blob: WantedBlob, meter: ProgressMeter, stop: threading.Event
-    ) -> None:
-        self.is_continued = False  # whether the bytes are of more than one transfer
-        self.looks_like_html = False
-        self.publish = writer.publish
-        self._writer = writer
-        self._blob = blob
-        self._meter = meter
-        self._stop = stop
-
-    @property
-    def validator(self) -> Optional[str]:
-        return self._writer.validator
-
-    @validator.setter
-    def validator(self, validator: Optional[str]) -> None:
-        self._writer.validator = validator
-
-    @property
-    def received(self) -> int:
-        return self._writer.received
-
-    def begin_transfer(self) -> None:
-        self.is_continued = self._writer.received > 0
-
-    def write(self, data: Bytes) -> None:
-        if self._stop.is_set():
-            raise Stopped
-        if not self._writer.received:
-            self.looks_like_html = bytes(data[:32]).lstrip().lower().startswith(_HTML)
-        self._writer.write(data)
-        self._meter.report(self._blob, self._writer.received)
-
-    def restart(self) -> None:
-        self.is_continued = False
-        self._writer.restart()
-        self._meter.report(self._blob, 0)
-
-
-def _drifted(url: str, blob: WantedBlob, error: SourceError) -> SourceDrifted:
-    return SourceDrifted(
-        f"{shown(url)} has moved on, it is no longer what the card was made from: {error}",
-        url=url,
-        expected=str(blob.checksum),
-        actual=getattr(error, "actual", ""),
-        size=getattr(error, "size", None),
-    )
-
-
-def _html(error: VerificationError) -> VerificationError:
-    return VerificationError(
-        f"{error}; it looks like an HTML page (of a proxy or a login)",
-        url=error.url,
-        expected=error.expected,
-        actual=error.actual,
-        size=error.size,
-    )
+def _bytes_of(path: str, blob: WantedBlob) -> int:
+    """Return the size of a blob that somebody else brought; as declared, if it is gone again."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return blob.size or 0

@@ -20,4 +20,6 @@ class ResolverLimits:
     max_pause_seconds: float = 5.0  # whatever its Retry-After asks for
     first_backoff_seconds: float = 1.0  # for which a source that failed goes last; doubles, with jitter
     max_backoff_seconds: float = 30.0  # as long as Dynamo's frontend waits between its tries
+    slow_seconds: float = 5.0  # how long a source may be slow while another one has not been asked yet
+    slow_bytes_per_second: int = 100_000  # slow is less than this, over each `slow_seconds` of a transfer
     fetch: FetchLimits = field(default_factory=FetchLimits)

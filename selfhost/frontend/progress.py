@@ -54,7 +54,7 @@ class ProgressMeter:
                 self._tell(blob, received)
 
     def done(self, blob: WantedBlob, size: Optional[int]) -> None:
-        """Tell that a blob is here, and how many bytes it has (None: whatever was received)."""
+        """Tell that a blob is here, and how many bytes it has (None: as many as were received)."""
         with self._lock:
             self._done_files += 1
             size = self._received[blob.checksum] if size is None else size

@@ -7,18 +7,22 @@ directory appears, whole. Or there is one error that lists every attempt.
 The hash is the authority, and it comes from the card: this gives integrity, not authenticity, and no
 protection from an old card that is played again.
 
+A resolve that is to end (`close`, its `stop` event) ends at the next piece that comes, or when what it waits
+for is over: within the time limits of its transport.
+
 Sharing: any number of threads may use one resolver, any number of processes one cache. A forked child may use
 its parent's resolver; it begins with no failures remembered and connections of its own. Threads live within
-a call of `resolve` only.
+a call of `resolve` only, and keep no interpreter from its exit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from random import random as random_fraction
 from typing import Callable, Optional
 
@@ -46,8 +50,8 @@ class MetadataResolver:
     """Brings the files of cards to this disk; a context manager, see the module's docstring.
 
     Without a `cache` Dynamo's own place is used, without `transports` http, https and hf are. Transports that
-    are passed in stay the caller's to close. `offline` asks none that `uses_network`; one that does so only
-    at times, as hf, is to be told itself: `default_transports(offline=True)`. `clock` is monotonic (seconds).
+    are passed in stay the caller's to close. `offline` uses of each only what needs no network, see
+    `Transport.offline`. `clock` is monotonic (seconds).
     """
 
     def __init__(
@@ -70,19 +74,24 @@ class MetadataResolver:
         self._random = random
         self._plans = Plans(self.limits)
         self._closed = False
+        self._own_transports: Optional[dict[str, Transport]] = None
         self._begin()
 
     def _begin(self) -> None:
         """Set up what a forked child must not share with its parent."""
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._own_transports: Optional[dict[str, Transport]] = None
+        inherited, self._own_transports = self._own_transports, None
+        _close_all(inherited or {})  # which the parent's peers do not see
+        self._lock = (
+            threading.RLock()
+        )  # for dictionary work only; a signal handler may close what it interrupts
+        self._running: set[threading.Event] = set()  # the stop events of the resolves that fetch
         self._failures = FailureMemo(
             first_seconds=self.limits.first_backoff_seconds,
             max_seconds=self.limits.max_backoff_seconds,
             clock=self._clock,
             random=self._random,
         )
+        self._pid = os.getpid()  # last: another thread that sees it set finds the rest
 
     def resolve(
         self,
@@ -90,12 +99,16 @@ class MetadataResolver:
         *,
         replicas: Iterable[ModelDeploymentCard] = (),
         progress: Optional[ProgressCallback] = None,
+        stop: Optional[threading.Event] = None,
     ) -> ResolvedModel:
         """Return the card with every file local and verified; fetch what is not in the cache.
 
         Files of the `replicas` that have the same digest are further sources. Raises CardError if the card
         asks for what no card may (names, number, bytes), ResolveError if a file is to be had nowhere,
         CacheError if the cache cannot keep it. Blocks; with all files in the cache for well below 1 ms.
+
+        `stop`, an event of this one call, ends it when it is set; a call that fails sets it itself. Raises
+        RuntimeError if it was ended so, or by `close`, before or meanwhile.
         """
         _require_card(card)
         self._require_usable()
@@ -103,18 +116,28 @@ class MetadataResolver:
         local_dir = self.cache.find_model(plan.key, plan.files)
         if local_dir is not None:
             return plan.answer(card, local_dir)
-        return self._make(plan, [card, *replicas], progress)
+        stop = threading.Event() if stop is None else stop
+        with self._ended_by_close(stop):
+            return self._make(plan, [card, *replicas], progress, stop)
 
     def forget_failures(self) -> None:
         """Ask every source again at the next resolve, whatever failed lately."""
         self._failures.clear()
 
     def close(self) -> None:
-        """Close what this resolver opened; harmless when repeated."""
-        self._closed = True
-        transports, self._own_transports = self._own_transports, None
-        for transport in _distinct(transports or {}):
-            transport.close()
+        """End the resolves that run, without waiting for that, and close what this resolver opened.
+
+        Harmless when repeated.
+        """
+        if self._pid != os.getpid():
+            self._begin()  # what a parent has is not this child's to end
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+            transports, self._own_transports = self._own_transports, None
+        for stop in running:
+            stop.set()
+        _close_all(transports or {})
 
     def __enter__(self) -> MetadataResolver:
         return self
@@ -129,14 +152,21 @@ class MetadataResolver:
     # -------------------------------------------------------------- what is not in the cache
 
     def _make(
-        self, plan: Plan, cards: list[ModelDeploymentCard], progress: Optional[ProgressCallback]
+        self,
+        plan: Plan,
+        cards: list[ModelDeploymentCard],
+        progress: Optional[ProgressCallback],
+        stop: threading.Event,
     ) -> ResolvedModel:
         """Fetch what is missing, and let the model's directory appear."""
         for card in cards:
             _require_card(card)
         fetched: set[Checksum] = set()
         for tries_left in reversed(range(_PUBLISH_TRIES)):
-            fetched |= self._fetch_missing(plan, cards, progress)
+            fetched |= self._fetch_missing(plan, cards, progress, stop)
+            if stop.is_set():
+                self._require_usable()
+                raise RuntimeError(f"the resolve of {plan.name!r} was ended by its stop event")
             try:
                 local_dir = self.cache.publish_model(plan.key, plan.files)
                 break
@@ -148,13 +178,16 @@ class MetadataResolver:
         return plan.answer(cards[0], local_dir, fetched)
 
     def _fetch_missing(
-        self, plan: Plan, cards: list[ModelDeploymentCard], progress: Optional[ProgressCallback]
+        self,
+        plan: Plan,
+        cards: list[ModelDeploymentCard],
+        progress: Optional[ProgressCallback],
+        stop: threading.Event,
     ) -> set[Checksum]:
         """Bring the missing blobs into the cache; return the digests of those that came from a source."""
         missing = [blob for blob in plan.blobs if self.cache.find(blob.checksum) is None]
         if not missing:
             return set()
-        stop = threading.Event()
         sources = sources_by_digest(cards, {blob.checksum for blob in missing})
         fetcher = BlobFetcher(self._surroundings(), sources, ProgressMeter(missing, progress), stop)
         crew: Crew[WantedBlob] = Crew(
@@ -180,22 +213,45 @@ class MetadataResolver:
         )
 
     def _transports(self) -> Mapping[str, Transport]:
-        if self._given_transports is not None:
-            return self._given_transports
+        table = self._open_transports() if self._given_transports is None else self._given_transports
+        return _without_network(table) if self.offline else table
+
+    def _open_transports(self) -> Mapping[str, Transport]:
+        """Return the transports of this resolver's own, made when something is first to be fetched."""
+        if self._own_transports is not None:
+            return self._own_transports
         from .transports import default_transports  # http.client and ssl: not for those who only look up
 
+        made = default_transports(limits=self.limits.fetch, offline=self.offline)
         with self._lock:
-            if self._own_transports is None:
-                self._own_transports = default_transports(limits=self.limits.fetch, offline=self.offline)
-            return self._own_transports
+            if self._own_transports is None and not self._closed:
+                self._own_transports = made
+            kept = self._own_transports
+        if kept is not made:  # another thread was faster
+            _close_all(made)
+        if kept is None:
+            raise _closed()
+        return kept
 
     # -------------------------------------------------------------- what is kept
 
     def _require_usable(self) -> None:
         if self._closed:
-            raise RuntimeError("this resolver is closed: make a new MetadataResolver")
+            raise _closed()
         if self._pid != os.getpid():
             self._begin()
+
+    @contextlib.contextmanager
+    def _ended_by_close(self, stop: threading.Event) -> Iterator[None]:
+        """Let `close` set the event for the time of a `with`."""
+        with self._lock:
+            self._require_usable()
+            self._running.add(stop)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(stop)
 
 
 def _require_card(card: object) -> None:
@@ -206,6 +262,17 @@ def _require_card(card: object) -> None:
         )
 
 
-def _distinct(transports: Mapping[str, Transport]) -> list[Transport]:
-    """Return each transport once; one may serve several schemes."""
-    return list({id(transport): transport for transport in transports.values()}.values())
+def _closed() -> RuntimeError:
+    return RuntimeError("this resolver is closed: make a new MetadataResolver")
+
+
+def _without_network(transports: Mapping[str, Transport]) -> dict[str, Transport]:
+    """Return what is left of a table when nothing may be asked of the network."""
+    views = {scheme: transport.offline() for scheme, transport in transports.items()}
+    return {scheme: view for scheme, view in views.items() if view is not None}
+
+
+def _close_all(transports: Mapping[str, Transport]) -> None:
+    """Close each transport once; one may serve several schemes."""
+    for transport in {id(transport): transport for transport in transports.values()}.values():
+        transport.close()

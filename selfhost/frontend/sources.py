@@ -7,6 +7,8 @@ Rules
 - Sources that rest because they failed lately go last. If all of them failed for good lately, none is asked.
 - What failed for good since the resolve began, for whichever file, is not asked again within it: an origin
   that hangs costs one time-out, not one for each file.
+- A slow source is given up as long as another one was not asked yet and does not rest; in the later rounds it
+  may take its time. What is slow, and how that is found out, is no matter of this module.
 
 Nothing here opens, sleeps or remembers: values and a memo of failures go in, the next source comes out.
 """
@@ -41,6 +43,7 @@ class Turn(NamedTuple):
 
     source: Source
     pause_seconds: float
+    may_be_slow: bool  # False: there is another one, and then this one once more
 
 
 class Rounds:
@@ -85,7 +88,13 @@ class Rounds:
         if not self._left:
             return None
         source = min(self._left, key=lambda known: (self._failures.is_resting(known), self._left[known]))
-        return Turn(source, max(0.0, self._left.pop(source) - self._clock()))
+        pause = max(0.0, self._left.pop(source) - self._clock())
+        return Turn(source, pause, may_be_slow=not self._is_replaceable())
+
+    def _is_replaceable(self) -> bool:
+        """Whether a good source waits for its first turn, and the one whose turn it is will have another."""
+        is_first_of_several = self._round == 1 and self._limits.rounds > 1
+        return is_first_of_several and not all(map(self._failures.is_resting, self._left))
 
     def _drop_spent(self) -> None:
         for source in list(self._left):

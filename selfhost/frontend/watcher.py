@@ -4,75 +4,46 @@ Each model has a state that can be asked for and a reason to go with it, so that
 knows why. A model that fails is tried again for ever, after 1, 2, 4 ... 30 seconds and as soon as another
 worker publishes it. Which card counts where workers disagree is decided in `model_groups`.
 
-Threads: one reads the discovery, a few resolve, so a worker that hangs holds up no other model's. They are
-daemon threads that `close`, or the interpreter's exit, tells to end. Every method may be called from any
-thread. A forked child has none of the threads and is not to use the object: start a watcher after the fork.
+A ready model stays: its directory is held against garbage collection, of any process, until the model is
+withdrawn or the watcher closed, which costs one descriptor for each. A directory that goes or changes all the
+same is noticed within a minute, and fetched again.
+
+Threads: one reads the discovery, and as many as are needed resolve, 16 at most. A model that was not tried
+yet goes before those that failed; it waits only while 16 others are being resolved at the same time. They are
+daemon threads that `close`, or the interpreter's exit, ends: what they fetch is given up at its next piece.
+Every method may be called from any thread. A forked child has none of the threads and is not to use the
+object: start a watcher after the fork.
 """
 
 from __future__ import annotations
 
 import atexit
-import enum
+import contextlib
 import logging
 import os
 import random
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
 from ..card.model_card import ModelDeploymentCard
 from ..discovery.base import Bucket, Discovery, Event, RecordKey
 from ..errors import CardError, DiscoveryError, SelfHostError
-from .model_groups import Configuration, GroupKey, ModelGroups
+from .leader_threads import LeaderThreads
+from .model_groups import GroupKey, ModelGroups
+from .model_status import ModelState, ModelStatus, News
+from .model_tasks import NEVER, ModelTask, most_urgent
 from .resolver import MetadataResolver, ResolvedModel
+
+__all__ = ["ModelState", "ModelStatus", "ModelWatcher"]
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25  # how often a discovery that must be asked is asked
 RETRY_SECONDS = (1.0, 30.0)  # the first and the longest wait, doubled in between; as Dynamo 1.6.1 has them
+CHECK_SECONDS = 60.0  # from one look at a ready model to the next: 0.1 ms each, and it counts as a use
+EXIT_SECONDS = 1.0  # for which the interpreter's exit waits for the threads
 _MAX_DIFFERENCES = 5  # shown of a card that disagrees
-
-
-class ModelState(str, enum.Enum):
-    """What has become of a published model."""
-
-    PENDING = "pending"  # its files are being fetched
-    READY = "ready"  # all of them are here, verified
-    FAILED = "failed"  # they could not be had; another try follows
-    QUARANTINED = "quarantined"  # its card differs from the one that is served for the same endpoint
-    GONE = "gone"  # no worker publishes it any more
-
-
-@dataclass(frozen=True)
-class ModelStatus:
-    """The state of one configuration of one model; `workers` are the records that publish it.
-
-    A record that holds no card has its key as its name, and no mdcsum.
-    """
-
-    name: str
-    mdcsum: str
-    state: ModelState
-    reason: str = ""  # why it failed or waits in quarantine
-    workers: tuple[RecordKey, ...] = ()
-    model: Optional[ResolvedModel] = None  # when ready
-    failures: int = 0  # in a row
-    retry_seconds: Optional[float] = None  # from now to the next try, when failed
-
-
-class _Task:
-    """The work on one configuration: what came of it and when it is next due."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        self.configuration = configuration
-        self.state = ModelState.PENDING
-        self.reason = ""
-        self.model: Optional[ResolvedModel] = None
-        self.failures = 0
-        self.due: Optional[float] = None  # monotonic seconds; None: nothing to do
-        self.is_running = False
 
 
 class ModelWatcher:
@@ -90,52 +61,60 @@ class ModelWatcher:
         on_change: Optional[Callable[[ModelStatus], None]] = None,
         poll_seconds: float = POLL_SECONDS,
         retry_seconds: tuple[float, float] = RETRY_SECONDS,
-        threads: int = 4,
+        check_seconds: float = CHECK_SECONDS,
+        threads: int = 16,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._discovery = discovery
         self._resolver = resolver
-        self._on_change = on_change
         self._poll_seconds = poll_seconds
         self._first_retry, self._last_retry = retry_seconds
+        self._check_seconds = check_seconds
         self._clock = clock
         self._jitter = jitter
         self._groups = ModelGroups()
-        self._tasks: dict[GroupKey, dict[str, _Task]] = {}  # by mdcsum, as `_groups` has them
+        self._tasks: dict[GroupKey, dict[str, ModelTask]] = {}  # by mdcsum, as `_groups` has them
         self._unreadable: dict[RecordKey, str] = {}  # record without a card -> why
-        self._news: deque[ModelStatus] = deque()
+        self._news = News(on_change)
         self._changed = threading.Condition(threading.RLock())
-        self._delivering = threading.Lock()
         self._stop = threading.Event()
         self._pid = os.getpid()
-        work = [self._watch, *[self._resolve_due] * threads]
-        self._threads = [threading.Thread(target=run, name="selfhost-watcher", daemon=True) for run in work]
+        self._watching = threading.Thread(target=self._watch, name="selfhost-watcher", daemon=True)
+        self._resolving = LeaderThreads(
+            self._next_task, self._resolve, most=threads, name="selfhost-watcher-resolve"
+        )
 
     # -------------------------------------------------------------- life
 
     def start(self) -> ModelWatcher:
         """Begin to follow the discovery; return self. To be called once."""
-        atexit.register(self.close)  # until closed, this keeps the watcher alive
-        for thread in self._threads:
-            thread.start()
+        atexit.register(self._close_at_exit)  # until closed, this keeps the watcher alive
+        self._watching.start()
+        self._resolving.start()
         return self
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the threads, waiting for them up to `timeout` seconds in all; harmless when repeated.
+        """End the threads and what they fetch, waiting up to `timeout` seconds in all.
 
-        A download in progress ends by itself, later: within the limits of its transport.
+        Harmless when repeated. Models are no longer held. A thread that waits for a silent origin ends later,
+        within the limits of its transport.
         """
         if self._pid != os.getpid():
             return
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self._stop.set()
         with self._changed:
+            for task in self._all_tasks():
+                task.end()
             self._changed.notify_all()
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        if self._watching.ident is not None and self._watching is not threading.current_thread():
+            self._watching.join(timeout)
+        self._resolving.join(deadline - time.monotonic())
+
+    def _close_at_exit(self) -> None:
+        self.close(EXIT_SECONDS)
 
     def __enter__(self) -> ModelWatcher:
         return self.start()
@@ -168,12 +147,12 @@ class ModelWatcher:
                     )
                 self._changed.wait(left)
 
-    def _all_tasks(self) -> list[_Task]:
+    def _all_tasks(self) -> list[ModelTask]:
         return [task for tasks in self._tasks.values() for task in tasks.values()]
 
-    def _status(self, task: _Task, state: Optional[ModelState] = None) -> ModelStatus:
+    def _status(self, task: ModelTask, state: Optional[ModelState] = None) -> ModelStatus:
         place = task.configuration
-        has_failed = task.state is ModelState.FAILED and task.due is not None
+        waits = task.state is ModelState.FAILED and task.due != NEVER
         return ModelStatus(
             place.group.name,
             place.mdcsum,
@@ -182,7 +161,7 @@ class ModelWatcher:
             tuple(place.cards),
             task.model,
             task.failures,
-            max(0.0, task.due - self._clock()) if has_failed and task.due is not None else None,
+            max(0.0, task.due - self._clock()) if waits else None,
         )
 
     def _unreadable_status(self, key: RecordKey) -> ModelStatus:
@@ -191,16 +170,28 @@ class ModelWatcher:
     # -------------------------------------------------------------- the discovery's thread
 
     def _watch(self) -> None:
+        defects = 0  # in a row
         while not self._stop.is_set():
+            seconds = self._poll_seconds
             try:
-                self._forget_withdrawn()
-                for event in self._discovery.watch(
-                    Bucket.MODELS, stop=self._stop, poll_seconds=self._poll_seconds
-                ):
-                    self._apply(event)
+                self._follow()
+                defects = 0
             except DiscoveryError as error:
                 logger.warning("cannot follow the discovery, trying again: %s", error)
-            self._stop.wait(self._poll_seconds)
+            except Exception:  # models that are here are served on, and the discovery may recover
+                defects += 1
+                seconds = self._retry_seconds(defects)
+                logger.exception("following the discovery failed unexpectedly, next try in %.1f s", seconds)
+            self._stop.wait(seconds)
+
+    def _follow(self) -> None:
+        """Apply what the discovery tells, until it is interrupted or the watcher ends."""
+        self._forget_withdrawn()
+        for event in self._discovery.watch(Bucket.MODELS, stop=self._stop, poll_seconds=self._poll_seconds):
+            try:
+                self._apply(event)
+            except Exception:  # a defect: one record must not keep us from the others
+                logger.exception("the record %s could not be taken in", event.key)
 
     def _forget_withdrawn(self) -> None:
         """After an interruption: a new watch tells what is there, but not what went away meanwhile."""
@@ -215,22 +206,29 @@ class ModelWatcher:
         with self._changed:
             self._unreadable.pop(record, None)
             touched = {self._groups.group_of(record)}
-            try:
-                if event.kind == "removed":
-                    self._groups.remove(record)
-                else:
-                    self._groups.put(record, ModelDeploymentCard.from_record(event.text))
-            except CardError as error:
+            if event.kind == "removed":
                 self._groups.remove(record)
-                self._unreadable[record] = str(error)
-                logger.warning("the record %s holds no usable card: %s", record, error)
-                self._news.append(self._unreadable_status(record))
+            else:
+                self._put(record, event.text)
             touched.add(self._groups.group_of(record))
             for group in touched:
                 if group is not None:
                     self._settle(group, record)
             self._changed.notify_all()
-        self._deliver()
+        self._news.deliver()
+
+    def _put(self, record: RecordKey, text: str) -> None:
+        """Take a record's card in, or note why it is none."""
+        try:
+            self._groups.put(record, ModelDeploymentCard.from_record(text))
+        except Exception as error:
+            if isinstance(error, CardError):
+                logger.warning("the record %s holds no usable card: %s", record, error)
+            else:  # a defect: the next record may be as good as ever
+                logger.exception("reading the record %s failed unexpectedly", record)
+            self._groups.remove(record)
+            self._unreadable[record] = _reason(error)
+            self._news.add(self._unreadable_status(record))
 
     def _settle(self, group: GroupKey, changed: RecordKey) -> None:
         """Bring a group's tasks in line with it, after the record `changed` came, changed or went."""
@@ -238,11 +236,12 @@ class ModelWatcher:
         tasks = self._tasks.setdefault(group, {})
         for gone in [mdcsum for mdcsum in tasks if mdcsum not in places]:
             task = tasks.pop(gone)
+            task.end()
             task.model = None
-            self._news.append(self._status(task, ModelState.GONE))
+            self._news.add(self._status(task, ModelState.GONE))
         for number, (mdcsum, place) in enumerate(places.items()):
             is_new = mdcsum not in tasks
-            task = tasks.setdefault(mdcsum, _Task(place))
+            task = tasks.setdefault(mdcsum, ModelTask(place))
             if number and is_new:
                 self._quarantine(task, next(iter(places.values())).card)
             elif not number and (is_new or task.state is ModelState.QUARANTINED):
@@ -252,11 +251,11 @@ class ModelWatcher:
         if not tasks:
             del self._tasks[group]
 
-    def _begin(self, task: _Task) -> None:
+    def _begin(self, task: ModelTask) -> None:
         task.state, task.reason, task.due = ModelState.PENDING, "", self._clock()
-        self._news.append(self._status(task))
+        self._news.add(self._status(task))
 
-    def _quarantine(self, task: _Task, served: ModelDeploymentCard) -> None:
+    def _quarantine(self, task: ModelTask, served: ModelDeploymentCard) -> None:
         place = task.configuration
         differences = [str(one) for one in served.diff(place.card)]
         more = ["..."] * (len(differences) > _MAX_DIFFERENCES)
@@ -265,85 +264,90 @@ class ModelWatcher:
             differences[:_MAX_DIFFERENCES] + more
         )
         logger.warning("%r of %s is not used: %s", place.group.name, next(iter(place.cards)), task.reason)
-        self._news.append(self._status(task))
+        self._news.add(self._status(task))
 
     # -------------------------------------------------------------- the resolving threads
 
-    def _resolve_due(self) -> None:
-        while True:
-            task = self._next_task()
-            if task is None:
-                return
-            self._resolve(task)
-            self._deliver()
-
-    def _next_task(self) -> Optional[_Task]:
+    def _next_task(self) -> Optional[ModelTask]:
         """Wait for a task that is due and take it; None when the watcher ends."""
         with self._changed:
             while not self._stop.is_set():
-                waiting = [task for task in self._all_tasks() if task.due is not None and not task.is_running]
-                first = min(waiting, key=lambda task: task.due or 0.0, default=None)
-                left = None if first is None or first.due is None else first.due - self._clock()
-                if first is not None and left is not None and left <= 0:
-                    first.is_running, first.due = True, None
-                    return first
-                self._changed.wait(left)
+                idle = [task for task in self._all_tasks() if task.stop is None]
+                now = self._clock()
+                task = most_urgent(idle, now)
+                if task is not None:
+                    task.due, task.stop = NEVER, threading.Event()
+                    return task
+                next_due = min((task.due for task in idle), default=NEVER)
+                self._changed.wait(None if next_due == NEVER else next_due - now)
             return None
 
-    def _resolve(self, task: _Task) -> None:
+    def _resolve(self, task: ModelTask) -> None:
+        place, stop = task.configuration, task.stop
         with self._changed:
-            place = task.configuration
-            if not place.cards:  # withdrawn meanwhile
+            if not place.cards or stop is None:  # withdrawn meanwhile
                 return
             card, replicas = place.card, place.replicas
-        model, reason = None, ""
+        hold = contextlib.ExitStack()
+        outcome: Union[ResolvedModel, BaseException]
         try:
-            model = self._resolver.resolve(card, replicas=replicas)
-        except SelfHostError as error:
-            reason = str(error)
-        except Exception as error:  # a defect, or a resolver that was closed: this thread must not die of it
-            reason = f"{type(error).__name__}: {error}"
-            logger.exception("resolving %r failed unexpectedly", place.group.name)
+            outcome = self._resolver.resolve(card, replicas=replicas, stop=stop)
+            hold.enter_context(self._resolver.cache.hold(outcome.local_dir))
+        except BaseException as error:  # noqa: BLE001 - told as the model's failure
+            outcome = error
         with self._changed:
-            self._conclude(task, model, reason)
+            self._conclude(task, outcome, hold)
             self._changed.notify_all()
+        self._news.deliver()
 
-    def _conclude(self, task: _Task, model: Optional[ResolvedModel], reason: str) -> None:
+    def _conclude(
+        self,
+        task: ModelTask,
+        outcome: Union[ResolvedModel, BaseException],
+        hold: contextlib.ExitStack,
+    ) -> None:
         place = task.configuration
-        task.is_running = False
-        if self._tasks.get(place.group, {}).get(place.mdcsum) is not task:  # withdrawn meanwhile
+        task.stop = None
+        is_withdrawn = self._tasks.get(place.group, {}).get(place.mdcsum) is not task
+        if is_withdrawn or self._stop.is_set():
+            hold.close()
             return
-        task.model, task.reason = model, reason
-        if model is not None:
-            task.state, task.failures, task.due = ModelState.READY, 0, None
-            logger.info("model %r is ready in %s", place.group.name, model.local_dir)
+        task.hold.close()
+        task.hold = hold
+        if isinstance(outcome, ResolvedModel):
+            self._succeed(task, outcome)
         else:
-            task.failures += 1
-            seconds = self._retry_seconds(task.failures)
-            task.state = ModelState.FAILED
-            task.due = self._clock() + seconds if task.due is None else task.due  # a new worker set one
-            logger.warning("model %r failed, next try in %.1f s: %s", place.group.name, seconds, reason)
-        self._news.append(self._status(task))
+            self._fail(task, outcome)
+
+    def _succeed(self, task: ModelTask, model: ResolvedModel) -> None:
+        name = task.configuration.group.name
+        task.due = self._clock() + self._check_seconds
+        if task.state is ModelState.READY and task.model is not None:
+            if not model.fetched and model.local_dir == task.model.local_dir:
+                return  # as it was
+            logger.warning(
+                "files of the model %r were gone or changed, fetched again: %s", name, model.fetched
+            )
+        task.state, task.model, task.reason, task.failures = ModelState.READY, model, "", 0
+        logger.info("model %r is ready in %s", name, model.local_dir)
+        self._news.add(self._status(task))
+
+    def _fail(self, task: ModelTask, error: BaseException) -> None:
+        name = task.configuration.group.name
+        if not isinstance(error, SelfHostError):  # a defect, or the resolver was closed
+            logger.error("resolving %r failed unexpectedly", name, exc_info=error)
+        task.failures += 1
+        task.state, task.model, task.reason = ModelState.FAILED, None, _reason(error)
+        seconds = self._retry_seconds(task.failures)
+        task.due = min(task.due, self._clock() + seconds)  # a new worker may have set one
+        logger.warning("model %r failed, next try in %.1f s: %s", name, seconds, task.reason)
+        self._news.add(self._status(task))
 
     def _retry_seconds(self, failures: int) -> float:
         """Return how long to wait after so many failures in a row: up to half as long again, by chance."""
         seconds = self._first_retry * 2.0 ** min(failures - 1, 10)
         return min(seconds, self._last_retry) * (1.0 + self._jitter() / 2)
 
-    # -------------------------------------------------------------- news
 
-    def _deliver(self) -> None:
-        """Tell `on_change` the news, unless another thread is at it, which will then tell ours too."""
-        while self._news and self._delivering.acquire(blocking=False):
-            try:
-                while self._news:
-                    self._tell(self._news.popleft())
-            finally:
-                self._delivering.release()
-
-    def _tell(self, status: ModelStatus) -> None:
-        if self._on_change is not None:
-            try:
-                self._on_change(status)
-            except Exception:
-                logger.exception("on_change failed for %r", status.name)
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, SelfHostError) else f"{type(error).__name__}: {error}"

@@ -63,7 +63,7 @@ def test_up_to_size_threads_work_at_once() -> None:
 
     assert len(threads) == 4
     assert threading.current_thread() in threads
-    assert not any(thread.daemon for thread in threads)
+    assert all(thread.daemon for thread in threads - {threading.current_thread()})
 
 
 def test_size_one_works_alone() -> None:
@@ -138,6 +138,40 @@ def test_interrupt_of_the_caller_stops_the_others() -> None:
         crew_of(work, stop=stop, size=2).run(range(2))
 
     assert ended == [True]
+
+
+@pytest.mark.parametrize("interrupted", ["the caller", "a helper"])
+def test_interrupt_comes_before_an_error(interrupted: str) -> None:
+    """Control-C is what is raised, also when another job has failed by then."""
+    stop = threading.Event()
+    both = threading.Barrier(2, timeout=TIMEOUT)
+
+    def work(job: Job) -> None:
+        both.wait()
+        is_caller = threading.current_thread() is caller
+        if is_caller == (interrupted == "the caller"):
+            assert stop.wait(TIMEOUT)
+            raise KeyboardInterrupt
+        raise OSError("first, but only an error")
+
+    caller = threading.current_thread()
+    with pytest.raises(KeyboardInterrupt):
+        crew_of(work, stop=stop, size=2).run(range(2))
+
+
+def test_stop_from_outside_ends_it_quietly() -> None:
+    """Whoever sets the event knows why; what jobs raise at that is nobody's matter."""
+    stop = threading.Event()
+    begun: list[Job] = []
+
+    def work(job: Job) -> None:
+        begun.append(job)
+        stop.set()
+        raise OSError("ended")
+
+    crew_of(work, stop=stop, size=1).run(range(5))
+
+    assert begun == [0]
 
 
 def test_interrupt_while_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,3 +259,23 @@ def test_threads_share_a_memo() -> None:
 
     assert not errors
     assert len(memo) <= 50
+
+
+def test_rest_can_be_longer_than_the_back_off(memo: FailureMemo) -> None:
+    """Who is known to stay as it is rests as long as told, within the longest back-off."""
+    memo.remember(CONFIG, BROKEN, is_final=False, rest_seconds=20.0)
+    memo.remember(ELSEWHERE, NOT_FOUND, is_final=True, rest_seconds=3600.0)
+
+    assert memo.is_resting(CONFIG)
+    assert memo.seconds_blocked(CONFIG) == 0
+    assert memo.seconds_blocked(ELSEWHERE) == 30
+
+
+def test_long_urls_take_little_memory(memo: FailureMemo) -> None:
+    """A URL of a megabyte is told from another one, and not kept."""
+    one, two = (Source.at(f"http://a/{'x' * (1 << 20)}/\udcff/{name}") for name in "12")
+    memo.remember(one, NOT_FOUND, is_final=True)
+
+    assert memo.is_resting(one)
+    assert not memo.is_resting(two)
+    assert all(len(key) <= 512 for key in memo._failures)

@@ -312,3 +312,34 @@ def test_rounds_keep_their_promises(sources: list[Source], before: list[Any], an
     assert all(asked.count(source) <= 3 for source in sources)
     assert not sources or asked
     assert max(asker.clock.slept, default=0) <= ResolverLimits().max_pause_seconds
+
+
+# ------------------------------------------------------------------ who may be slow
+
+
+def test_source_may_not_be_slow_while_another_waits(asker: Asker) -> None:
+    """The last one of the first round may take its time, and so may all in the later rounds."""
+    rounds = asker.rounds(A, B)
+    may_be_slow = []
+    while (turn := rounds.next()) is not None:
+        may_be_slow.append(turn.may_be_slow)
+        rounds.failed(turn.source, broken(turn.source))
+
+    assert may_be_slow == [False, True, True, True, True, True]
+
+
+def test_source_that_is_alone_may_be_slow(asker: Asker) -> None:
+    """Slow bytes are better than none: without another turn, or another source, nobody is given up."""
+    once = ResolverLimits(rounds=1)
+
+    assert [asker.rounds(A).next(), asker.rounds(A, B, limits=once).next()] == [(A, 0.0, True)] * 2
+
+
+def test_source_may_be_slow_if_the_others_failed_lately(asker: Asker) -> None:
+    """What works is not given up for what did not work a moment ago."""
+    asker.fail(B, broken(B), is_final=False)
+
+    turn = asker.rounds(A, B).next()
+
+    assert turn is not None
+    assert (turn.source, turn.may_be_slow) == (A, True)

@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import pytest
+from simulator import MakeResolver, OriginSimulator, Serve
 
 from selfhost import ModelDeploymentCard
 from selfhost.discovery import Bucket, Event, MemoryDiscovery, RecordKey, model_record
 from selfhost.discovery.base import watch_snapshots
-from selfhost.errors import DiscoveryError, FetchError, ResolveError
+from selfhost.errors import CacheError, DiscoveryError, FetchError, ResolveError
+from selfhost.frontend.cache import BlobCache
 from selfhost.frontend.resolver import ResolvedModel
 from selfhost.frontend.watcher import ModelState, ModelStatus, ModelWatcher
 
 CARD = ModelDeploymentCard("m", context_length=1)
 OTHER = replace(CARD, context_length=2)
+OTHER_NAME = replace(CARD, display_name="n")
 SECONDS = 10.0  # for what takes milliseconds unless it is broken
+
+
+class FakeCache:
+    """Knows which directories are held, and cannot hold those that are gone."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.gone: set[str] = set()
+
+    @contextlib.contextmanager
+    def hold(self, model_dir: str) -> Iterator[None]:
+        """Hold a directory."""
+        if model_dir in self.gone:
+            raise CacheError(f"the model directory {model_dir!r} was collected", path=model_dir)
+        self.held.append(model_dir)
+        try:
+            yield
+        finally:
+            self.held.remove(model_dir)
 
 
 class FakeResolver:
     """Resolves at once, unless told to fail or to hang; remembers what it was asked."""
 
     def __init__(self) -> None:
+        self.cache = FakeCache()
+        self.stopped: list[str] = []  # display names
+        self.fetched: tuple[str, ...] = ()
         self.failing: set[str] = set()  # display names
         self.hanging: dict[str, threading.Event] = {}
         self.asked: list[tuple[str, int]] = []  # display name, number of replicas
 
-    def resolve(
-        self, card: ModelDeploymentCard, *, replicas: Any = (), progress: Any = None
-    ) -> ResolvedModel:
+    def resolve(self, card: ModelDeploymentCard, *, replicas: Any, stop: threading.Event) -> ResolvedModel:
         """Answer as told for this card's name."""
-        self.asked.append((card.display_name, len(list(replicas))))
-        if card.display_name in self.hanging:
-            assert self.hanging[card.display_name].wait(SECONDS)
-        if card.display_name in self.failing:
+        name = card.display_name
+        self.asked.append((name, len(list(replicas))))
+        if name in self.hanging:
+            hanging = self.hanging[name]
+            assert wait_until(lambda: hanging.is_set() or stop.is_set())
+        if stop.is_set():
+            self.stopped.append(name)
+            raise RuntimeError("ended by its stop event")
+        if name in self.failing:
             raise ResolveError("no source has config.json", file="config.json")
-        return ResolvedModel(card, f"/cache/{card.mdcsum}", ())
+        return ResolvedModel(card, f"/cache/{card.mdcsum}", self.fetched)
 
 
 class Statuses(list[ModelStatus]):
@@ -104,10 +136,11 @@ def publish(discovery: MemoryDiscovery) -> Callable[..., Any]:
 def watcher(discovery: MemoryDiscovery, resolver: FakeResolver, statuses: Statuses) -> Iterator[ModelWatcher]:
     """Return a running watcher whose failures are retried after 10 ms."""
     before = threading.active_count()
-    quick = {"poll_seconds": 0.01, "retry_seconds": (0.01, 0.02)}
+    quick = {"poll_seconds": 0.01, "retry_seconds": (0.01, 0.02), "check_seconds": 0.01}
     with ModelWatcher(discovery, resolver, on_change=statuses, **quick) as watching:  # type: ignore[arg-type]
         yield watching
     assert threading.active_count() == before
+    assert resolver.cache.held == []
 
 
 def test_published_model_becomes_ready(watcher: ModelWatcher, publish: Any, statuses: Statuses) -> None:
@@ -163,6 +196,7 @@ def test_new_replica_is_tried_at_once(
 
     assert resolver.asked == [("m", 0), ("m", 1)]
     assert len(ready.workers) == 2
+    assert resolver.cache.held == []
 
 
 def test_card_that_differs_is_quarantined(watcher: ModelWatcher, publish: Any, statuses: Statuses) -> None:
@@ -220,17 +254,18 @@ def test_hanging_model_holds_up_no_other(
 def test_model_withdrawn_while_it_is_resolved(
     watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
 ) -> None:
-    """What comes of a model that is gone meanwhile is told to nobody."""
+    """What a model that is gone would need is not fetched to its end, and nobody is told of it."""
     resolver.hanging["m"] = threading.Event()
     record = publish(CARD)
     assert wait_until(lambda: resolver.asked)
     record.withdraw()
     statuses.wait_for(ModelState.GONE)
-    resolver.hanging["m"].set()
     publish(replace(CARD, display_name="n"), 2)
     statuses.wait_for(ModelState.READY, name="n")
 
-    assert ModelState.READY not in [one.state for one in statuses if one.name == "m"]
+    assert wait_until(lambda: resolver.stopped == ["m"])
+    assert [one.state for one in statuses if one.name == "m"] == [ModelState.PENDING, ModelState.GONE]
+    assert len(resolver.cache.held) == 1
 
 
 def test_unexpected_exception_is_a_failure(
@@ -350,3 +385,189 @@ def test_fetch_errors_reach_the_reason(
     publish(CARD)
 
     assert statuses.wait_for(ModelState.FAILED).reason == "http://h/x: refused"
+
+
+# ------------------------------------------------------------------ what is ready stays
+
+
+def test_ready_model_is_held_until_it_is_withdrawn(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """Nobody collects the files of a model that is ready; those of one that is gone, anybody may."""
+    record = publish(CARD, 1)
+    publish(OTHER_NAME, 2)
+    statuses.wait_for(ModelState.READY)
+    statuses.wait_for(ModelState.READY, name="n")
+    ours, others = (f"/cache/{card.mdcsum}" for card in (CARD, OTHER_NAME))
+    assert {ours, others} <= set(resolver.cache.held)
+    record.withdraw()
+    statuses.wait_for(ModelState.GONE)
+
+    assert wait_until(lambda: set(resolver.cache.held) == {others})
+
+
+def test_directory_that_cannot_be_held_is_resolved_again(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """A model that is collected between its fetch and its hold is not told as ready."""
+    resolver.cache.gone.add(f"/cache/{CARD.mdcsum}")
+    publish(CARD)
+    failed = statuses.wait_for(ModelState.FAILED)
+    resolver.cache.gone.clear()
+    statuses.wait_for(ModelState.READY)
+
+    assert "was collected" in failed.reason
+    assert ModelState.READY not in [one.state for one in statuses[: statuses.index(failed)]]
+
+
+def test_ready_model_is_looked_at_again(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """A look that finds all as it was is told to nobody; one that had to fetch is told."""
+    publish(CARD)
+    statuses.wait_for(ModelState.READY)
+    assert wait_until(lambda: len(resolver.asked) > 3)
+    assert [one.state for one in statuses] == [ModelState.PENDING, ModelState.READY]
+    resolver.fetched = ("config.json",)
+
+    assert wait_until(lambda: len(statuses) > 2)
+    assert {one.state for one in statuses[2:]} == {ModelState.READY}
+    assert statuses[2].model is not None
+    assert statuses[2].model.fetched == ("config.json",)
+
+
+def test_ready_model_whose_files_are_lost_fails(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """If what is gone is to be had nowhere, the model is not ready any more, and is tried again."""
+    publish(CARD)
+    statuses.wait_for(ModelState.READY)
+    resolver.failing.add("m")
+    failed = statuses.wait_for(ModelState.FAILED)
+    resolver.failing.clear()
+
+    assert failed.model is None
+    assert wait_until(lambda: statuses[-1].state is ModelState.READY)
+
+
+def test_real_files_are_kept_and_come_back(
+    discovery: MemoryDiscovery,
+    publish: Any,
+    origins: OriginSimulator,
+    make_resolver: MakeResolver,
+    serve: Serve,
+) -> None:
+    """Garbage collection leaves a ready model alone; one that somebody removed is there again soon."""
+    resolver = make_resolver()
+    publish(serve("http://a", {"config.json": b"{}"}, name="m"))
+    years_later = BlobCache(resolver.cache.root, clock=lambda: time.time() + 1e8)
+    with ModelWatcher(discovery, resolver, poll_seconds=0.01, check_seconds=0.01) as watcher:
+        model = watcher.wait_ready("m", SECONDS)
+        years_later.collect(max_bytes=0)
+        assert os.listdir(model.local_dir) == ["config.json"]
+        shutil.rmtree(resolver.cache.root)
+        assert wait_until(lambda: os.path.exists(os.path.join(model.local_dir, "config.json")))
+
+    assert len(origins.asked) == 2
+    years_later.collect(max_bytes=0)
+    assert not os.path.exists(model.local_dir)
+
+
+# ------------------------------------------------------------------ what hangs, and what breaks
+
+
+def test_many_hanging_models_hold_up_no_other(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """Threads come as they are needed, and go."""
+    names = [f"hangs-{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        resolver.hanging[name] = threading.Event()
+        publish(replace(CARD, display_name=name), number)
+    assert wait_until(lambda: len(resolver.asked) == len(names))
+    publish(CARD, 99)
+    statuses.wait_for(ModelState.READY)
+
+    for event in resolver.hanging.values():
+        event.set()
+    assert wait_until(lambda: sum(one.state is ModelState.READY for one in watcher.models()) == 13)
+    assert wait_until(lambda: sum(t.name == "selfhost-watcher-resolve" for t in threading.enumerate()) <= 2)
+
+
+def test_new_model_goes_before_those_that_failed(
+    discovery: MemoryDiscovery, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """When threads are short, who was never tried is first."""
+    quick = {"poll_seconds": 0.01, "retry_seconds": (0.01, 0.01), "threads": 1}
+    resolver.failing.update("abc")
+    with ModelWatcher(discovery, resolver, on_change=statuses, **quick):  # type: ignore[arg-type]
+        for number, name in enumerate("abc"):
+            publish(replace(CARD, display_name=name), number)
+            statuses.wait_for(ModelState.FAILED, name=name)
+        resolver.hanging["hangs"] = threading.Event()
+        publish(replace(CARD, display_name="hangs"), 3)
+        assert wait_until(lambda: ("hangs", 0) in resolver.asked)
+        asked = len(resolver.asked)
+        publish(CARD, 4)
+        statuses.wait_for(ModelState.PENDING)
+        resolver.hanging["hangs"].set()
+        statuses.wait_for(ModelState.READY)
+
+    assert resolver.asked[asked][0] == "m"
+
+
+def test_close_ends_what_is_being_resolved(
+    discovery: MemoryDiscovery, publish: Any, statuses: Statuses, resolver: FakeResolver, caplog: Any
+) -> None:
+    """A watcher that is closed in the middle of a fetch ends it, and logs no failure for it."""
+    resolver.hanging["m"] = threading.Event()
+    with ModelWatcher(discovery, resolver, on_change=statuses) as watcher:  # type: ignore[arg-type]
+        publish(CARD)
+        assert wait_until(lambda: resolver.asked)
+
+    assert resolver.stopped == ["m"]
+    assert [one.state for one in watcher.models()] == [ModelState.PENDING]
+    assert caplog.records == []
+
+
+def test_discovery_with_a_defect_is_followed_on(
+    discovery: MemoryDiscovery, publish: Any, statuses: Statuses, resolver: FakeResolver, caplog: Any
+) -> None:
+    """Whatever a discovery raises is logged with its traceback, and the watch begins again."""
+    watch_well, defects = discovery.watch, [ValueError("a defect"), OSError("another one")]
+
+    def watch(*args: Any, **options: Any) -> Iterator[Event]:
+        if defects:
+            raise defects.pop(0)
+        return watch_well(*args, **options)
+
+    discovery.watch = watch  # type: ignore[method-assign]
+    quick = {"poll_seconds": 0.01, "retry_seconds": (0.01, 0.02)}
+    with ModelWatcher(discovery, resolver, on_change=statuses, **quick):  # type: ignore[arg-type]
+        publish(CARD)
+        statuses.wait_for(ModelState.READY)
+
+    assert caplog.text.count("Traceback") == 2
+    assert "ValueError: a defect" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["from_record", "diff"])
+def test_record_with_a_defect_keeps_nobody_else(
+    watcher: ModelWatcher,
+    publish: Any,
+    statuses: Statuses,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """One record that breaks us is logged; the others are followed."""
+    publish(CARD, 1)
+    statuses.wait_for(ModelState.READY)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelDeploymentCard, method, lambda *_: 1 / 0)
+        publish(OTHER, 2)
+        assert wait_until(lambda: "ZeroDivisionError" in caplog.text)
+    publish(OTHER_NAME, 3)
+
+    statuses.wait_for(ModelState.READY, name="n")
+    assert "following the discovery failed" not in caplog.text

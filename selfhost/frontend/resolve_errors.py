@@ -1,15 +1,54 @@
-"""The errors of a resolve, in words: what was tried where, what came of it, what the operator can do."""
+"""The errors of a resolve, in words: what was tried where, what came of it, what the operator can do.
+
+URLs stand in them as `shown_url` shows them, without what may be a secret; the attributes have them whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Optional
 
-from ..errors import Attempt, ResolveError, SchemeNotAllowed, VerificationError, shown
+from ..errors import (
+    Attempt,
+    ResolveError,
+    SchemeNotAllowed,
+    SourceDrifted,
+    VerificationError,
+    shown,
+    shown_url,
+)
+from .failures import SourceError
 from .wanted import WantedBlob
 
 _MAX_LINES = 20  # of one kind in one message; the error's attributes hold them all
 _MAX_CHARS = 400  # of one line
+
+# ------------------------------------------------------------------ of one source
+
+
+def drifted(url: str, blob: WantedBlob, error: SourceError) -> SourceDrifted:
+    """Return the error for a source that may change, has other bytes by now, and is not to blame for it."""
+    return SourceDrifted(
+        f"{shown_url(url)} has moved on, it is no longer what the card was made from: {error}",
+        url=url,
+        expected=str(blob.checksum),
+        actual=getattr(error, "actual", ""),
+        size=getattr(error, "size", None),
+    )
+
+
+def html_instead(error: VerificationError) -> VerificationError:
+    """Return the error for wrong bytes that are somebody's page."""
+    return VerificationError(
+        f"{error}; it looks like an HTML page (of a proxy or a login)",
+        url=error.url,
+        expected=error.expected,
+        actual=error.actual,
+        size=error.size,
+    )
+
+
+# ------------------------------------------------------------------ of all sources
 
 
 def nowhere_to_be_had(
@@ -57,13 +96,18 @@ def missing_offline(blobs: Sequence[WantedBlob], attempts: Sequence[Attempt], ro
 
 def _line(attempt: Attempt) -> str:
     text = " ".join(str(attempt.error).split())  # one line, whatever a transport wrote
-    url = shown(attempt.url)
-    told = text if url in text or attempt.url in text else f"{url}: {text}"
+    url = shown_url(attempt.url)
+    told = text if url in text else f"{url}: {text}"
     return f"{told[:_MAX_CHARS]} ({attempt.seconds:.2f} s)"
 
 
 def _skipped_line(url: str, reason: str) -> str:
-    return f"{shown(url)}: not asked, it failed lately: {' '.join(reason.split())}"
+    text, url = " ".join(reason.split()), shown_url(url)
+    return (
+        f"not asked, it failed lately: {text}"
+        if url in text
+        else f"{url}: not asked, it failed lately: {text}"
+    )
 
 
 def _bounded(lines: list[str]) -> list[str]:

@@ -1,0 +1,68 @@
+"""Waiting for those who take no locks: a Dynamo frontend that is writing the very blob that we want.
+
+Its temporary file shows it: `<hex>.tmp.<pid>.<uuid>`, growing, without the lock that our own writers put on
+theirs. Waiting saves a download and is never needed: whoever stops growing has died or hangs, and is waited
+for no longer. Dynamo itself waits for nobody, so a file that we began first it may fetch as well.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Callable
+
+# A download that brings nothing for so long is as good as dead; a new one starts in a few milliseconds.
+QUIET_SECONDS = 0.5
+_PAUSE = 0.01
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def wait_for_strangers(
+    folder: int,
+    hex: str,
+    *,
+    seconds: float,
+    give_up: Callable[[], bool],
+    clock: Callable[[], float],
+    sleep: Callable[[float], object],
+) -> bool:
+    """Wait while strangers write a blob in this folder; whether there were any comes back: then look again.
+
+    Returns after at most `seconds`, soon after `give_up()` is true. Raises OSError.
+    """
+    sizes = _sizes(folder, hex)
+    if not sizes:
+        return False
+    start = changed = clock()
+    while sizes and not give_up():
+        now = clock()
+        if now - changed > QUIET_SECONDS or now - start > seconds:
+            break
+        sleep(_PAUSE)
+        before, sizes = sizes, _sizes(folder, hex)
+        if sizes != before:
+            changed = clock()
+    return True
+
+
+def _sizes(folder: int, hex: str) -> dict[str, int]:
+    """Return the size of each temporary file of the blob that is none of ours."""
+    prefix = f"{hex}.tmp."
+    sizes = {name: _size(folder, name) for name in os.listdir(folder) if name.startswith(prefix)}
+    return {name: size for name, size in sizes.items() if size >= 0}
+
+
+def _size(folder: int, name: str) -> int:
+    """Return the size of a file, -1 if it is gone or somebody holds its lock."""
+    try:
+        descriptor = os.open(name, _READ, dir_fd=folder)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_size
+    except OSError:  # ours: its writer has it locked; or there are no locks, and nobody can be told apart
+        return -1
+    finally:
+        os.close(descriptor)
