@@ -22,7 +22,7 @@ import os
 from typing import TYPE_CHECKING, Callable, NoReturn, Optional, Union
 
 from ..card.checksum import Checksum, new_hasher
-from ..errors import CacheError, VerificationError, shown
+from ..errors import CacheError, VerificationError, shown_url
 from .blobs import Blobs
 from .folders import BLOBS, CREATE, OpenRoot, cannot, sync
 from .names import temporary_blob
@@ -98,7 +98,7 @@ class BlobWriter:
         actual = Checksum(self._hasher.hexdigest())
         if actual != self.checksum:
             raise VerificationError(
-                f"{shown(source)} brought {self.received} bytes with the checksum {actual}, "
+                f"{shown_url(source)} brought {self.received} bytes with the checksum {actual}, "
                 f"expected {self.checksum}: they are not kept",
                 url=source,
                 expected=str(self.checksum),

@@ -1,8 +1,8 @@
 """A few threads that work off a list together with the thread that has it.
 
 Knows nothing of what the work is. Threads are started one after the other, each only if work still waits a
-moment later: on a fast network one connection is the fastest, on a slow one several are. They are always
-joined, so nothing runs on after the call. They are daemons all the same: the interpreter's exit waits for
+moment later: on a fast network one connection is the fastest, on a slow one several are. They are joined,
+so nothing runs on after the call (but see `run` for interrupts). They are daemons all the same: the interpreter's exit waits for
 threads that are not, and would wait for those of a call that nobody waits for any more.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Callable, Generic, Optional, TypeVar
@@ -17,6 +18,9 @@ from typing import Callable, Generic, Optional, TypeVar
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
+
+# Whoever interrupts wants an end now: a thread that a silent source holds ends by itself, at its time-out.
+_INTERRUPT_SECONDS = 0.5
 
 
 class Crew(Generic[Job]):
@@ -46,16 +50,19 @@ class Crew(Generic[Job]):
         self._first_error: Optional[BaseException] = None
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Do the jobs; return when all threads have ended. Raises what the first failing job raised."""
+        """Do the jobs; return when all threads have ended. Raises what the first failing job raised.
+
+        An interrupt (KeyboardInterrupt, SystemExit) waits half a second for them at most.
+        """
         self._jobs.extend(jobs)
         try:
             if len(self._jobs) > 1:
                 self._start_thread()
             self._work_off()
-            self._join()
+            self._join(_INTERRUPT_SECONDS if _is_interrupt(self._first_error) else None)
         except BaseException:  # of this very thread: an interrupt, most likely
             self._halt()
-            self._join()
+            self._join(_INTERRUPT_SECONDS)
             raise
         self._raise_first()
 
@@ -107,10 +114,11 @@ class Crew(Generic[Job]):
             self._start_thread()
             self._work_off()
 
-    def _join(self) -> None:
+    def _join(self, seconds: Optional[float] = None) -> None:
+        deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:  # grows meanwhile: a thread starts the next one before it works or ends
             if thread.ident is not None:
-                thread.join()
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
 def _is_interrupt(error: Optional[BaseException]) -> bool:

@@ -39,7 +39,7 @@ __all__ = ["ModelState", "ModelStatus", "ModelWatcher"]
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.25  # how often a discovery that must be asked is asked
+POLL_SECONDS = 0.05  # how often a discovery that must be asked is asked: a store at rest costs it one stat
 RETRY_SECONDS = (1.0, 30.0)  # the first and the longest wait, doubled in between; as Dynamo 1.6.1 has them
 CHECK_SECONDS = 60.0  # from one look at a ready model to the next: 0.1 ms each, and it counts as a use
 EXIT_SECONDS = 1.0  # for which the interpreter's exit waits for the threads
