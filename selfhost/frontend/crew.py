@@ -1,9 +1,9 @@
 """A few threads that work off a list together with the thread that has it.
 
 Knows nothing of what the work is. Threads are started one after the other, each only if work still waits a
-moment later: on a fast network one connection is the fastest, on a slow one several are. They are joined,
-so nothing runs on after the call (but see `run` for interrupts). They are daemons all the same: the interpreter's exit waits for
-threads that are not, and would wait for those of a call that nobody waits for any more.
+moment later: on a fast network one connection is the fastest, on a slow one several are. They are joined, so
+nothing runs on after the call (but see `run` for interrupts). They are daemons all the same: the exit of the
+interpreter waits for other threads, and would wait for those of a call that nobody waits for any more.
 """
 
 from __future__ import annotations
