@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import itertools
 import os
 import re
 import socket
@@ -43,11 +43,17 @@ def poll_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> bool:
     return True
 
 
-@functools.cache
+_checks = itertools.count()
+
+
 def make_collections_quick() -> None:
-    """Take what is there already out of the garbage collector's sight: the leak check calls it often."""
-    gc.collect()
-    gc.freeze()
+    """Take what is there already out of the garbage collector's sight, at each hundredth call.
+
+    The leak check collects twice a test, and the reports of thousands of tests add up.
+    """
+    if next(_checks) % 100 == 0:
+        gc.collect()
+        gc.freeze()
 
 
 @contextlib.contextmanager
