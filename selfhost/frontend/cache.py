@@ -156,6 +156,7 @@ class BlobCache:
 
         Waits for `lock_seconds` at most, and no longer than the file grows. Then look again.
         """
+        # It only saves work: what is wrong with the disk, the write that follows tells.
         with contextlib.suppress(OSError, CacheError), self._root.open() as own:
             folder = own.get(BLOBS)
             if folder is not None:

@@ -207,7 +207,7 @@ class BlobFetcher:
             self._transfer(nearby, url, blob, sink)
         except (FetchError, VerificationError) as error:
             logger.debug("%s: not from here: %s", shown_url(url), error)
-            if isinstance(error, VerificationError):  # else the bytes of an earlier source may be in it still
+            if isinstance(error, (VerificationError, SizeLimitExceeded)):  # else it may hold another source's
                 sink.restart()
             return False
         return True

@@ -110,6 +110,18 @@ class Locks:
             )
 
 
+def is_held(fd: int) -> Optional[bool]:
+    """Whether somebody holds a lock on this open file; None where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
 def flock(
     fd: int,
     kind: int,

@@ -8,7 +8,6 @@ worst case is a writer that is told that its file is gone, and tries again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -16,6 +15,7 @@ import os
 from ..errors import CacheError
 from .folders import BLOBS, READ, SHORTAGE, Folder, OpenRoot, remove_folder
 from .inventory import GRACE_SECONDS, Leftover
+from .locks import is_held
 from .names import is_temporary_blob
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,9 @@ def _has_writer(folder: Folder, name: str) -> bool:
             raise
         return False  # no regular file of ours
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks here
-        return False
+        return bool(is_held(fd))
     finally:
         os.close(fd)
-    return False
 
 
 def reap_some(opened: OpenRoot, now: float) -> None:

@@ -81,9 +81,8 @@ class MetadataResolver:
         """Set up what a forked child must not share with its parent."""
         inherited, self._own_transports = self._own_transports, None
         _close_all(inherited or {})  # which the parent's peers do not see
-        self._lock = (
-            threading.RLock()
-        )  # for dictionary work only; a signal handler may close what it interrupts
+        # For dictionary work only. Reentrant: a signal handler may close the resolver that it interrupts.
+        self._lock = threading.RLock()
         self._running: set[threading.Event] = set()  # the stop events of the resolves that fetch
         self._failures = FailureMemo(
             first_seconds=self.limits.first_backoff_seconds,
@@ -233,7 +232,7 @@ class MetadataResolver:
             raise _closed()
         return kept
 
-    # -------------------------------------------------------------- what is kept
+    # -------------------------------------------------------------- its life
 
     def _require_usable(self) -> None:
         if self._closed:

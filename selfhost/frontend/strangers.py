@@ -7,15 +7,16 @@ for no longer. Dynamo itself waits for nobody, so a file that we began first it 
 
 from __future__ import annotations
 
-import fcntl
 import os
+import stat
 from typing import Callable
+
+from .folders import READ
+from .locks import is_held
 
 # A download that brings nothing for so long is as good as dead; a new one starts in a few milliseconds.
 QUIET_SECONDS = 0.5
 _PAUSE = 0.01
-
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def wait_for_strangers(
@@ -54,15 +55,15 @@ def _sizes(folder: int, hex: str) -> dict[str, int]:
 
 
 def _size(folder: int, name: str) -> int:
-    """Return the size of a file, -1 if it is gone or somebody holds its lock."""
+    """Return the size of a file that a stranger may be writing, -1 for anything else."""
     try:
-        descriptor = os.open(name, _READ, dir_fd=folder)
-    except OSError:
+        descriptor = os.open(name, READ, dir_fd=folder)
+    except OSError:  # gone, or a link
         return -1
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_size
-    except OSError:  # ours: its writer has it locked; or there are no locks, and nobody can be told apart
-        return -1
+        status = os.fstat(descriptor)
+        # Ours have a lock; where there are no locks, nobody can be told apart.
+        is_strangers = stat.S_ISREG(status.st_mode) and is_held(descriptor) is False
+        return status.st_size if is_strangers else -1
     finally:
         os.close(descriptor)
