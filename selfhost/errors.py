@@ -138,6 +138,14 @@ class FetchTimeout(FetchError):
         self.phase = phase
 
 
+class SourceTooSlow(FetchTimeout):
+    """The source brings its bytes slowly while others are left; it is asked again if they all fail."""
+
+    def __init__(self, message: str, *, url: str, seconds: float) -> None:
+        super().__init__(message, url=url, seconds=seconds, phase="body")
+        self.is_transient = True
+
+
 class SizeLimitExceeded(FetchError):
     """The source has more than `limit` bytes; `received` is what it announced or sent (bytes)."""
 
@@ -188,6 +196,14 @@ class CacheError(SelfHostError):
         super().__init__(message)
         self.path = path
         self.errno = errno
+
+
+class BlobMissing(CacheError):
+    """Blobs that a model needs are not in the cache, or no longer; `checksums` lists theirs, as texts."""
+
+    def __init__(self, message: str, *, path: str, checksums: Sequence[str]) -> None:
+        super().__init__(message, path=path)
+        self.checksums = tuple(checksums)
 
 
 class LockTimeout(CacheError):

@@ -14,6 +14,7 @@ import pytest
 
 from selfhost.errors import (
     Attempt,
+    BlobMissing,
     FetchTimeout,
     HTTPStatusError,
     ResolveError,
@@ -23,7 +24,6 @@ from selfhost.errors import (
     without_userinfo,
 )
 from selfhost.frontend.http_connection import StaleConnection
-from selfhost.frontend.model_dirs import BlobMissing
 
 ARGUMENTS: dict[str, Any] = {
     "issues": ("one", "two"), "status": 404, "seconds": 2.5, "limit": 10, "received": 11, "errno": 13,

@@ -32,7 +32,7 @@ from .blob_writer import BlobWriter
 from .blobs import Blobs
 from .folders import BLOBS, OpenRoot, Root, attempt, cannot
 from .locks import Locks, hold_folder
-from .model_dirs import BlobMissing, ModelDirs, ModelKey
+from .model_dirs import ModelDirs, ModelKey
 from .roots import choose_root
 from .stamps import Verifier
 from .strangers import wait_for_strangers
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # what only housekeeping needs is loaded by it
     from .collect import Collected
     from .inventory import CachedModel, CacheStats, Inventory
 
-__all__ = ["BlobCache", "BlobMissing", "BlobWriter", "ModelKey"]
+__all__ = ["BlobCache", "BlobWriter", "ModelKey"]
 
 Path = Union[str, "os.PathLike[str]"]
 

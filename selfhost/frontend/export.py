@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 
 from .. import _atomic
 from ..card.checksum import Checksum, hash_file
-from ..errors import CacheError
+from ..errors import BlobMissing, CacheError
 from .blob_writer import BlobWriter
 from .blobs import Blobs
 from .folders import OpenRoot, reason_of, sync
-from .model_dirs import BlobMissing
 from .names import as_file_name, staged_name
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -111,7 +110,7 @@ def _copy_all(staged: str, files: Mapping[str, Checksum], layers: Sequence[Blobs
         holder = next((layer for layer in layers if layer.has(checksum.hex, own)), None)
         if holder is None:
             message = f"cannot export {name!r}: the cache {own.root.path!r} does not have {checksum}"
-            raise BlobMissing(message, path=own.root.path, checksums=[checksum])
+            raise BlobMissing(message, path=own.root.path, checksums=[str(checksum)])
         _copy(os.path.join(staged, name), checksum, holder, own)
     _sync(staged, own)
 
@@ -127,7 +126,7 @@ def _copy(path: str, checksum: Checksum, holder: Blobs, own: OpenRoot) -> None:
     if not is_right:
         blob = holder.path_of(checksum.hex)
         message = f"cannot export {blob!r}: it changed while it was copied"
-        raise BlobMissing(message, path=blob, checksums=[checksum])
+        raise BlobMissing(message, path=blob, checksums=[str(checksum)])
 
 
 def _sync(directory: str, own: OpenRoot) -> None:

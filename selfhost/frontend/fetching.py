@@ -30,6 +30,7 @@ from ..errors import (
     SchemeNotAllowed,
     SizeLimitExceeded,
     SourceDrifted,
+    SourceTooSlow,
     VerificationError,
     shown_url,
 )
@@ -41,7 +42,7 @@ from .resolve_errors import drifted, html_instead, missing_offline, nowhere_to_b
 from .sources import Rounds, Turn
 from .transport import Transport, transport_for
 from .wanted import WantedBlob
-from .watched_sink import SourceTooSlow, Stopped, WatchedSink
+from .watched_sink import Stopped, WatchedSink
 
 logger = logging.getLogger(__name__)
 

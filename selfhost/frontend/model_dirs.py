@@ -30,7 +30,7 @@ from typing import Callable, NamedTuple, Optional
 from .._atomic import NO_LINKS
 from ..card.checksum import Checksum, hash_fd
 from ..card.slug import Slug
-from ..errors import CacheError, CardError, shown
+from ..errors import BlobMissing, CacheError, CardError, shown
 from .blobs import Blobs
 from .folders import (
     BLOBS,
@@ -65,14 +65,6 @@ class ModelKey(NamedTuple):
 
     slug: str
     mdcsum: str
-
-
-class BlobMissing(CacheError):
-    """Blobs that a model needs are not in the cache, or no longer: `checksums` says which."""
-
-    def __init__(self, message: str, *, path: str, checksums: Sequence[Checksum]) -> None:
-        super().__init__(message, path=path)
-        self.checksums = tuple(checksums)
 
 
 def _checked(model: ModelKey, files: Files) -> str:
@@ -217,7 +209,7 @@ class ModelDirs:
         if missing:
             listed = ", ".join(map(str, missing))
             message = f"the cache {self._root.path!r} does not have {listed}: fetch again"
-            raise BlobMissing(message, path=self._root.path, checksums=missing)
+            raise BlobMissing(message, path=self._root.path, checksums=[str(one) for one in missing])
         return holders
 
     def _make(self, below: str, files: Files, holders: Mapping[str, Blobs], own: OpenRoot) -> None:
@@ -322,7 +314,7 @@ class ModelDirs:
             os.close(target)
         if not is_right:  # changed since it was verified: the next look sets it aside
             message = f"the blob blake3:{hex} changed while it was copied: fetch again"
-            raise BlobMissing(message, path=holder.path_of(hex), checksums=[Checksum(hex)])
+            raise BlobMissing(message, path=holder.path_of(hex), checksums=[f"blake3:{hex}"])
 
 
 def _way_to_blobs(root: Root, folder: Folder) -> str:

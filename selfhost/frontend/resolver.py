@@ -28,7 +28,8 @@ from typing import Callable, Optional
 
 from ..card.checksum import Checksum
 from ..card.model_card import ModelDeploymentCard
-from .cache import BlobCache, BlobMissing
+from ..errors import BlobMissing
+from .cache import BlobCache
 from .crew import Crew
 from .failures import FailureMemo
 from .fetching import BlobFetcher, Surroundings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Callable, Optional
 
-from ..errors import FetchTimeout, shown_url
+from ..errors import SourceTooSlow, shown_url
 from .cache import BlobWriter
 from .limits import ResolverLimits
 from .progress import ProgressMeter
@@ -21,14 +21,6 @@ _HTML = (b"<!doctype html", b"<html")
 
 class Stopped(Exception):
     """The resolve is ending: something else of it failed, or somebody ended it."""
-
-
-class SourceTooSlow(FetchTimeout):
-    """The source brings its bytes slowly while others are left; it is asked again if they all fail."""
-
-    def __init__(self, message: str, *, url: str, seconds: float) -> None:
-        super().__init__(message, url=url, seconds=seconds, phase="body")
-        self.is_transient = True
 
 
 class WatchedSink:

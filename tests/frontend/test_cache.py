@@ -28,9 +28,9 @@ from cache_kit import (
 )
 
 from selfhost.card.checksum import Checksum
-from selfhost.errors import CacheError, CardError, VerificationError
+from selfhost.errors import BlobMissing, CacheError, CardError, VerificationError
 from selfhost.frontend import roots
-from selfhost.frontend.cache import BlobCache, BlobMissing, ModelKey
+from selfhost.frontend.cache import BlobCache, ModelKey
 
 WANTED = {name: Checksum.of(data) for name, data in DATA.items()}
 
@@ -164,7 +164,7 @@ def test_missing_blob_is_told(cache: BlobCache) -> None:
 
     with pytest.raises(BlobMissing, match="fetch again") as caught:
         cache.publish_model(MODEL, WANTED)
-    assert caught.value.checksums == (WANTED["tokenizer.json"],)
+    assert caught.value.checksums == (str(WANTED["tokenizer.json"]),)
     assert names(Path(cache.root, "by-slug")) == []
 
 

@@ -25,13 +25,14 @@ from selfhost.card.checksum import Checksum
 from selfhost.card.model_card import ModelDeploymentCard
 from selfhost.card.slots import ModelSlot
 from selfhost.errors import (
+    BlobMissing,
     CacheError,
     CardError,
     ResolveError,
     SchemeNotAllowed,
     SizeLimitExceeded,
 )
-from selfhost.frontend.cache import BlobCache, BlobMissing
+from selfhost.frontend.cache import BlobCache
 from selfhost.frontend.resolver import MetadataResolver, Progress, ResolverLimits
 from selfhost.frontend.transport import PATH_SCHEME, FetchLimits
 
