@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import h11
+import helpers
 import pytest
 
 from selfhost.worker.registry import MetadataArtifactRegistry
@@ -72,6 +74,13 @@ def parse() -> Callable[[bytes, list[str]], list[Reply]]:
 def exchange() -> Callable[[tuple[str, int], bytes, list[str]], list[Reply]]:
     """Return a function (address, request bytes, methods) -> replies; the last request asks to close."""
     return lambda address, data, methods: parse_strictly(send_and_read(address, data), methods)
+
+
+@pytest.fixture
+def leaves_nothing() -> Iterator[None]:
+    """Check that no thread and no descriptor of the test outlives it."""
+    with helpers.nothing_left():
+        yield
 
 
 @pytest.fixture

@@ -80,6 +80,9 @@ _SLOTS = {
 }
 
 
+DEMO_FILES = frozenset(_SLOTS)  # what write_demo_model makes
+
+
 def make_card(
     files: Mapping[str, bytes], base_url: str, *, name: str = "org/model", sized: bool = True
 ) -> ModelDeploymentCard:

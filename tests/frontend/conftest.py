@@ -27,13 +27,6 @@ StartOrigin = Callable[..., helpers.RudeOrigin]
 
 
 @pytest.fixture
-def leaves_nothing() -> Iterator[None]:
-    """Check that no thread and no descriptor of the test outlives it."""
-    with helpers.nothing_left():
-        yield
-
-
-@pytest.fixture
 def files() -> dict[str, bytes]:
     """Return the files of a small model."""
     return dict(FILES)

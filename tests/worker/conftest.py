@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 import pytest
-from helpers import TIMEOUT, nothing_left, poll_until
+from helpers import TIMEOUT, poll_until
 
 import selfhost
 from selfhost.card.checksum import Checksum
@@ -87,13 +87,6 @@ class RawClient:
 def wait_until() -> Callable[..., bool]:
     """Return the function that waits for a condition."""
     return poll_until
-
-
-@pytest.fixture
-def leaves_nothing() -> Iterator[None]:
-    """Check that no thread and no descriptor of the test outlives it."""
-    with nothing_left():
-        yield
 
 
 @pytest.fixture

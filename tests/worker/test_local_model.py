@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from helpers import DEMO_FILES
 
 from selfhost.card.checksum import Checksum
 from selfhost.card.model_card import ModelDeploymentCard
@@ -17,9 +18,6 @@ from selfhost.errors import ModelDirError, RegistrationError
 from selfhost.worker.local_model import LocalModel
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
-DEMO_FILES = {
-    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------ attach

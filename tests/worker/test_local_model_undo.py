@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers import DEMO_FILES
 
 from selfhost.card.checked_file import CheckedFile
 from selfhost.card.checksum import Checksum
@@ -17,9 +18,6 @@ from selfhost.errors import DiscoveryError, RegistrationError, SettingsError, St
 from selfhost.worker.local_model import LocalModel
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
-DEMO_FILES = {
-    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------ failures undo everything
