@@ -114,7 +114,7 @@ class Connection:
         The path of nearly every request, and kept short for that.
         """
         target, connection_field = self._loop.known_heads.get(head, _UNKNOWN)
-        artifact = self._loop.registry.lookup(target)
+        artifact = self._loop.site.registry.lookup(target)
         data: Optional[bytes] = artifact.content.data if artifact is not None else None
         if artifact is None or data is None or len(data) > SINGLE_SEND_BYTES or self._loop.is_closing:
             return False
@@ -177,7 +177,8 @@ class Connection:
         if request.is_plain and len(head) <= _KNOWN_HEAD_BYTES:
             self._remember(head, request)
         self._close_after = not request.keep_alive or self._loop.is_closing
-        return self._send(self._loop.answer(request), request, now)
+        answer = self._loop.site.answer(request.method, request.target, request.fields)
+        return self._send(answer, request, now)
 
     def _remember(self, head: bytes, request: http1.Request) -> None:
         known = self._loop.known_heads

@@ -11,17 +11,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Callable, Optional
 
+from ..settings import ServerLimits
 from . import http1
-from .answer import FAILED, NOT_FOUND, Answer, answer_hit, find, json_answer, split_target
 from .connection import Connection
 from .poller import READ, new_poller
-from .registry import MetadataArtifactRegistry
+from .site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -36,45 +34,28 @@ _BUSY = (
 )
 
 
-@dataclass(frozen=True)
-class ServerLimits:
-    """What clients may cost."""
-
-    max_connections: int = 512  # then one that waits or has stalled makes room, else the new one gets 503
-    idle_seconds: float = 30.0  # without a request
-    head_seconds: float = 10.0  # from a head's first byte to its last
-    stall_seconds: float = 20.0  # without taking a byte of an answer
-    min_bytes_per_second: float = 16 * 1024  # averaged over an answer, after the first stall_seconds
-    linger_seconds: float = 1.0  # after a refusal
-
-
 class EventLoop:
-    """Serve `listener` on a thread of its own until `stop`; owns every socket from here on."""
+    """Serve `listener` until `stop`, by `start` on a thread of its own or by `run` on the caller's.
 
-    def __init__(
-        self,
-        registry: MetadataArtifactRegistry,
-        listener: socket.socket,
-        limits: ServerLimits,
-        endpoints: Optional[Callable[[], Mapping[str, str]]],
-    ) -> None:
-        self.registry = registry
+    Owns every socket from here on; `close_descriptors` is for one that never ran.
+    """
+
+    def __init__(self, site: Site, listener: socket.socket, limits: ServerLimits) -> None:
+        self.site = site
         self.limits = limits
         self.bound: tuple[str, int] = listener.getsockname()[:2]
         self.connections: set[Connection] = set()
         self.is_closing = False
-        self._endpoints = endpoints
         self._listener: Optional[socket.socket] = listener
         self._accept_at: Optional[float] = None  # while accepting pauses: when to go on
         self._is_starved = False  # of descriptors or memory, as the log knows already
         self.known_heads: dict[bytes, tuple[str, bytes]] = {}  # kept by the connections
-        self._started_at = time.monotonic()
         self._stop_at = float("inf")
         self._sweep_at = 0.0
         self._date = ""
         self._date_until = 0.0
-        self._renew_date(self._started_at)
-        self._thread = threading.Thread(target=self._run, name="selfhost-status-server", daemon=True)
+        self._renew_date(time.monotonic())
+        self._thread = threading.Thread(target=self.run, name="selfhost-status-server", daemon=True)
         self._handlers: dict[int, Callable[[float], None]] = {}  # by descriptor; called with the loop's time
         self._poller = new_poller()
         try:
@@ -86,10 +67,13 @@ class EventLoop:
             self._wake_receiver.setblocking(False)
             self._handle(listener, self._accept)
             self._handle(self._wake_receiver, self._woken)
-            self._thread.start()
         except BaseException:
             self.close_descriptors()
             raise
+
+    def start(self) -> None:
+        """Serve on a thread of its own; RuntimeError where the system has none to give."""
+        self._thread.start()
 
     def stop(self, timeout: float) -> None:
         """End the thread, after at most `timeout` seconds for the answers on their way."""
@@ -99,7 +83,7 @@ class EventLoop:
             self._wake_sender.send(b"x", getattr(socket, "MSG_NOSIGNAL", 0))
         except OSError:  # the thread has ended by itself
             pass
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout + 2 * SWEEP_SECONDS)
             if self._thread.is_alive():
                 logger.warning("the status server's thread did not end within %.1f s", timeout)
@@ -116,7 +100,8 @@ class EventLoop:
 
     # -------------------------------------------------------------- the thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve on this thread until `stop`."""
         # Where the host restored SIGPIPE's default, a client that hangs up would end the host's process.
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
@@ -220,31 +205,6 @@ class EventLoop:
             listener.close()
 
     # -------------------------------------------------------------- for connections
-
-    def answer(self, request: http1.Request) -> Answer:
-        """Answer any request that has no prepared answer."""
-        try:
-            path, query = split_target(request.target)
-            artifact = find(self.registry, path, query)
-            if artifact is not None:
-                return answer_hit(request.method, artifact, request.fields)
-            if path == "/live":
-                return json_answer(200, {"status": "live", "uptime": self._uptime()})
-            return self._health() if path == "/health" else NOT_FOUND
-        except (Exception, SystemExit):  # of the host's `endpoints`, say
-            logger.exception("cannot answer %r", request.target)
-            return FAILED
-
-    def _health(self) -> Answer:
-        endpoints = {} if self._endpoints is None else dict(self._endpoints())
-        ready = self._endpoints is None or set(endpoints.values()) == {"ready"}
-        status = "ready" if ready else "notready"
-        state = {"status": status, "uptime": self._uptime(), "endpoints": endpoints}
-        return json_answer(200 if ready else 503, state)
-
-    def _uptime(self) -> dict[str, int]:
-        secs, fraction = divmod(time.monotonic() - self._started_at, 1)
-        return {"secs": int(secs), "nanos": int(fraction * 1e9)}
 
     def status_head(self, status: int) -> bytes:
         """Return the status line and the fields that every answer has."""

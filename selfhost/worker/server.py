@@ -22,12 +22,13 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
-from typing import Callable, Optional
+from typing import Optional
 
 from ..errors import StatusServerError
-from .event_loop import EventLoop, ServerLimits
+from ..settings import ServerLimits
+from .event_loop import EventLoop
 from .registry import MetadataArtifactRegistry
+from .site import EndpointStates, Site
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class SystemStatusServer:
         port: int = 0,
         *,
         limits: Optional[ServerLimits] = None,
-        endpoints: Optional[Callable[[], Mapping[str, str]]] = None,
+        endpoints: Optional[EndpointStates] = None,
     ) -> None:
         self.registry = registry
         self.limits = limits or ServerLimits()
@@ -127,10 +128,15 @@ class SystemStatusServer:
         return f"<SystemStatusServer {self.address} {'running' if self.is_running else 'stopped'}>"
 
     def _start_loop(self, listener: socket.socket) -> EventLoop:
+        loop: Optional[EventLoop] = None
         try:
-            return EventLoop(self.registry, listener, self.limits, self._endpoints)
+            loop = EventLoop(Site(self.registry, endpoints=self._endpoints), listener, self.limits)
+            loop.start()
+            return loop
         except BaseException as error:
             listener.close()
+            if loop is not None:
+                loop.close_descriptors()
             if not isinstance(error, (OSError, RuntimeError)):
                 raise
             address = _url_host(*self._requested)

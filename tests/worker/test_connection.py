@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from selfhost.worker.event_loop import ServerLimits
+from selfhost.settings import ServerLimits
 from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'

@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import pytest
 
-from selfhost.worker.event_loop import ServerLimits
+from selfhost.settings import ServerLimits
 from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'
@@ -110,7 +110,7 @@ def test_reader_below_the_least_rate(
     start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
 ) -> None:
     """A client that takes a few bytes now and then, to win time, is cut off by the average rate."""
-    limits = ServerLimits(stall_seconds=1.0, min_bytes_per_second=100e6)  # 12 MB in 1.12 s
+    limits = ServerLimits(stall_seconds=1.0, min_bytes_per_second=100_000_000)  # 12 MB in 1.12 s
     server = start_server(limits=limits)
     client = connect(server, receive_buffer=65536).get(serve_bytes(HUGE))
 
@@ -124,7 +124,7 @@ def test_reader_below_the_least_rate(
 
 def test_reader_above_the_least_rate(start_server: Any, connect: Any, serve_bytes: Any) -> None:
     """A slow client that keeps to the least rate gets everything, however long that takes."""
-    server = start_server(limits=ServerLimits(stall_seconds=0.3, min_bytes_per_second=1e6))
+    server = start_server(limits=ServerLimits(stall_seconds=0.3, min_bytes_per_second=1_000_000))
     client = connect(server, receive_buffer=65536).get(serve_bytes(HUGE), "Connection: close")
     pieces = []
     for _ in range(12):
