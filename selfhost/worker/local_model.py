@@ -28,13 +28,14 @@ from . import card_fields
 from .answer import CARD
 from .card_fields import PathLike
 from .content import MAX_PINNED_BYTES, Content, pin_file
+from .endpoint import Endpoint
 from .registry import (
     BASE_SUFFIX,
     Artifact,
     MetadataArtifactRegistry,
     Registration,
 )
-from .runtime import DistributedRuntime, Endpoint
+from .runtime import DistributedRuntime
 from .self_check import can_fetch
 from .served_names import choose_names, local_files, without_local_extras, without_unservable
 

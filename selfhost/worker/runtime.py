@@ -19,13 +19,13 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Callable, Optional
 
-from ..discovery.base import Bucket, Discovery, Publication, RecordKey, instance_record, new_instance_id
+from ..discovery.base import Discovery, RecordKey, new_instance_id
 from ..errors import DiscoveryError, RegistrationError, SettingsError
 from ..settings import Settings
 from .advertise import AdvertisedAddress, advertised_address
+from .endpoint import Endpoint, InstanceRecord
 from .registry import MetadataArtifactRegistry
 
 if TYPE_CHECKING:
@@ -33,55 +33,6 @@ if TYPE_CHECKING:
     from .server import SystemStatusServer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An endpoint of this process, as frontends know it: namespace, component, name.
-
-    `transport` is the request plane's address, `host:port/<instance>/<ns>/<comp>/<ep>`; None publishes one
-    that nobody answers at, which is enough for frontends to load and list the model.
-    """
-
-    runtime: DistributedRuntime = field(repr=False)
-    namespace: str
-    component: str
-    name: str
-    transport: Optional[str] = None
-
-    @property
-    def path(self) -> str:
-        """Its three names as `DistributedRuntime.endpoint` takes them."""
-        return f"{self.namespace}.{self.component}.{self.name}"
-
-    def key(self, suffix: Optional[str] = None) -> RecordKey:
-        """Return the discovery key of this endpoint, or of one LoRA on it."""
-        return RecordKey(self.namespace, self.component, self.name, self.runtime.instance_id, suffix)
-
-
-class _InstanceRecord:
-    """The record of one endpoint: there as long as it has users, whom the runtime counts under its lock."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.users = 0
-        self.publication: Optional[Publication] = None
-        self.lock = threading.RLock()  # held while the record is written or removed
-
-    def publish(self) -> None:
-        """Write the record, unless it is there."""
-        with self.lock:
-            if self.publication is None:
-                key = self.endpoint.key()
-                text = instance_record(key, transport=self.endpoint.transport)
-                self.publication = self.endpoint.runtime.discovery.publish(Bucket.INSTANCES, key, text)
-
-    def withdraw(self) -> None:
-        """Remove the record, if it is there."""
-        with self.lock:
-            publication, self.publication = self.publication, None
-            if publication is not None:
-                publication.withdraw()
 
 
 class DistributedRuntime:
@@ -111,7 +62,7 @@ class DistributedRuntime:
         self._lock = threading.RLock()
         self._opening = threading.RLock()  # held while a backend is loaded; nothing else is locked meanwhile
         self._models: dict[RecordKey, LocalModel] = {}  # in the order of attaching
-        self._instances: dict[RecordKey, _InstanceRecord] = {}
+        self._instances: dict[RecordKey, InstanceRecord] = {}
         self._unreachable: set[str] = set()  # base URLs that did not lead back here
 
     # -------------------------------------------------------------- life
@@ -267,7 +218,7 @@ class DistributedRuntime:
         Raises RegistrationError if it is published with another transport already.
         """
         with self._lock:
-            record = self._instances.setdefault(endpoint.key(), _InstanceRecord(endpoint))
+            record = self._instances.setdefault(endpoint.key(), InstanceRecord(endpoint))
             if record.endpoint.transport != endpoint.transport:
                 raise RegistrationError(
                     f"the endpoint {endpoint.path!r} is published with the transport "
@@ -323,7 +274,7 @@ class DistributedRuntime:
     def _endpoint_states(self) -> Mapping[str, str]:
         # Without any lock: the server's thread must wait neither for a disk nor for whoever waits for one.
         records = self._instances.copy().values()
-        return {record.endpoint.name: "ready" for record in records if record.publication is not None}
+        return {record.endpoint.name: "ready" for record in records if record.is_published}
 
     def __repr__(self) -> str:
         return f"<DistributedRuntime {self.instance_id:x} models={len(self._models)} server={self._server!r}>"

@@ -9,9 +9,13 @@ from __future__ import annotations
 import http.client
 import logging
 import time
+from typing import TYPE_CHECKING, Optional
 from urllib.parse import urlsplit
 
 from ..card.checksum import Checksum
+
+if TYPE_CHECKING:
+    import ssl
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +23,17 @@ SELF_CHECK_SECONDS = 2.0  # for the whole fetch
 PIECE_BYTES = 64 * 1024  # read at once, between two looks at the clock
 
 
-def can_fetch(url: str, checksum: Checksum, size: int) -> bool:
-    """Tell whether the URL gives what was promised; if not, warn. Blocks for a few seconds at most."""
+def can_fetch(
+    url: str, checksum: Checksum, size: int, *, own_cert: Optional[str] = None, token: Optional[str] = None
+) -> bool:
+    """Tell whether the URL gives what was promised; if not, warn. Blocks for a few seconds at most.
+
+    `own_cert` is the PEM file of the server's own certificate, which is taken for trusted here: whether
+    frontends trust its CA nobody can know, but that it names another host or has expired is found.
+    """
     try:
-        status, data = fetch(url, size + 1, SELF_CHECK_SECONDS)
+        tls = None if own_cert is None else _trusting(own_cert)
+        status, data = fetch(url, size + 1, SELF_CHECK_SECONDS, token=token, tls=tls)
     except (OSError, http.client.HTTPException) as error:
         found = f"{type(error).__name__}: {error}"
     else:
@@ -36,7 +47,23 @@ def can_fetch(url: str, checksum: Checksum, size: int) -> bool:
     return False
 
 
-def fetch(url: str, max_bytes: int, seconds: float) -> tuple[int, bytes]:
+def _trusting(own_cert: str) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cafile=own_cert)
+    context.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN, which `ssl` names from Python 3.10 on
+    return context
+
+
+def fetch(
+    url: str,
+    max_bytes: int,
+    seconds: float,
+    *,
+    token: Optional[str] = None,
+    tls: Optional[ssl.SSLContext] = None,
+) -> tuple[int, bytes]:
     """GET a URL in `seconds` in all; return the status and up to `max_bytes` of the body.
 
     Raises OSError (TimeoutError at the deadline) or http.client.HTTPException. Only the resolver, and a
@@ -44,14 +71,16 @@ def fetch(url: str, max_bytes: int, seconds: float) -> tuple[int, bytes]:
     """
     deadline = time.monotonic() + seconds
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=seconds)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=seconds)
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(parts.netloc, timeout=seconds, context=tls)
+    headers = {"Connection": "close", **({} if token is None else {"Authorization": f"Bearer {token}"})}
     try:
         connection.connect()
         sock = connection.sock  # the connection forgets it once it knows that no second request follows
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         sock.settimeout(_left(deadline))
-        connection.request("GET", target, headers={"Connection": "close"})
+        connection.request("GET", target, headers=headers)
         sock.settimeout(_left(deadline))
         with connection.getresponse() as response:
             wanted = max_bytes if response.length is None else min(max_bytes, response.length)
