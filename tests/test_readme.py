@@ -1,9 +1,8 @@
-"""What the README shows is run, and what it says about settings is compared with the code."""
+"""What the README shows is run."""
 
 from __future__ import annotations
 
 import http.client
-import os
 import re
 import socket
 import subprocess
@@ -14,43 +13,21 @@ from pathlib import Path
 from typing import Callable, Optional
 from urllib.parse import urlsplit
 
+import documents
 import pytest
+from documents import SECONDS, environment, run
 
 import selfhost
 from selfhost import DistributedRuntime, LocalModel, Settings
-from selfhost.demo_model import write_demo_model
-from selfhost.errors import SettingsError
-from selfhost.settings import FrontendSettings
-from selfhost.worker.advertise import AdvertisedAddress
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL))
-SECONDS = 30.0
+README = documents.read("README.md")
+SAMPLES = {name: text for name, text in documents.samples(README).items() if name.endswith(".py")}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Make a folder with the samples and the model directory that they name."""
-    write_demo_model(str(tmp_path / "my-model"))
-    for name, text in SAMPLES.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    return tmp_path
-
-
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Return an environment with nothing but what Python and the sample need."""
-    package = str(Path(selfhost.__file__).parents[1])
-    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
-    return {"PATH": path, "PYTHONPATH": package, "HOME": str(folder), "TMPDIR": str(folder), **more}
-
-
-def run(folder: Path, *command: str) -> list[str]:
-    """Run a command in the folder to its end; return what it prints, line by line."""
-    result = subprocess.run(
-        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=SECONDS
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    return result.stdout.splitlines()
+    return documents.write_samples(tmp_path, SAMPLES)
 
 
 def records(store: Path) -> list[Path]:
@@ -194,56 +171,3 @@ def wait_for(condition: Callable[[], object]) -> object:
             return result
         time.sleep(0.02)
     pytest.fail("it never came true")
-
-
-# ------------------------------------------------------------------ settings
-
-ROWS = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| .*? \| (.*?) ?\|$", README, re.MULTILINE)
-
-
-def test_table_has_every_setting() -> None:
-    """Each variable that the code reads is in the table, and no other."""
-
-    class Asked(dict[str, str]):
-        def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
-            asked.add(name)
-            return default
-
-    asked: set[str] = set()
-    Settings.from_env(Asked())
-    FrontendSettings.from_env(Asked())
-    mentioned = {name for _, default, _ in ROWS for name in re.findall(r"\$(\w+)", default)}
-
-    assert {name for name, _, _ in ROWS} | mentioned == asked
-
-
-@pytest.mark.parametrize("text", [error.strip("`") for _, _, error in ROWS if error])
-def test_table_has_the_real_error(text: str) -> None:
-    """The error of a row is what its value really raises."""
-    variable, value = re.findall(r"^(\w+)='(.*?)' cannot", text)[0]
-
-    assert error_of(variable, value) == text
-
-
-def error_of(variable: str, value: str) -> str:
-    """Return what is said about a value, whether it is read or used."""
-    try:
-        url = Settings.from_env({variable: value}).advertise_url
-        AdvertisedAddress.parse(str(url), variable=variable)
-    except SettingsError as error:
-        return str(error)
-    return ""
-
-
-def test_table_has_the_real_defaults() -> None:
-    """Without a variable the settings are what the table says."""
-    defaults = {name: default.strip("`") for name, default, _ in ROWS}
-    settings = Settings.from_env({"TMPDIR": "$TMPDIR"})
-
-    assert defaults["DYN_SYSTEM_HOST"] == settings.system_host
-    assert defaults["DYN_DISCOVERY_BACKEND"] == settings.discovery_backend
-    assert defaults["DYN_FILE_KV"] == settings.file_kv
-    frontend = FrontendSettings.from_env({"HOME": "/home"})
-    assert defaults["DYN_MDC_CACHE"].replace("$HOME", "/home") == frontend.cache_root
-    assert f"{frontend.hf_hub_cache}`" in defaults["HF_HUB_CACHE"].replace("$HOME", "/home") + "`"
-    assert (settings.self_host_metadata, settings.system_port, settings.advertise_url) == (False, None, None)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from selfhost.errors import SettingsError
-from selfhost.settings import FrontendSettings, Settings
+from selfhost.settings import FrontendSettings, ServerLimits, Settings
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -163,3 +163,20 @@ def test_places_of_a_frontend(environ: dict[str, str], cache_root: str, hub_cach
 def test_frontend_settings_read_nothing_by_themselves() -> None:
     """Without from_env no place is known."""
     assert FrontendSettings() == FrontendSettings(None, None)
+
+
+def test_limits_are_read_and_checked() -> None:
+    """A limit comes from its variable; one that is no number above zero is refused wherever it comes from."""
+    limits = Settings.from_env({"DYN_SYSTEM_IDLE_SECONDS": " 2.5 ", "DYN_SYSTEM_MAX_CONNECTIONS": "7"}).limits
+
+    assert limits == ServerLimits(idle_seconds=2.5, max_connections=7)
+    for value in (0, -1, 0.5, True, float("nan"), "7"):
+        with pytest.raises(SettingsError, match=r"max_connections=.* a whole number above 0"):
+            ServerLimits(max_connections=value)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="idle_seconds=inf"):
+        ServerLimits(idle_seconds=float("inf"))
+
+
+def test_secrets_are_not_shown() -> None:
+    """The token stands in no repr, which hosts log."""
+    assert "s3cret" not in repr(Settings.from_env({"DYN_SYSTEM_TOKEN": "s3cret"}))

@@ -1,0 +1,53 @@
+"""What the tests of README.md and docs/ share: their samples, and running them as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import selfhost
+from selfhost.demo_model import write_demo_model
+
+SECONDS = 30.0  # for what takes a second or two unless it is broken
+
+
+def read(name: str) -> str:
+    """Return the text of a document, by its path from the project's root."""
+    return (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+
+
+def samples(text: str) -> dict[str, str]:
+    """Return the blocks of a document whose first line is a comment with a file's name, by that name."""
+    return dict(re.findall(r"```\w+\n# ([\w.-]+\.\w+)\n(.*?)```", text, re.DOTALL))
+
+
+def write_samples(folder: Path, blocks: dict[str, str]) -> Path:
+    """Put samples into a folder, beside the model directory `my-model` that they name; return the folder."""
+    write_demo_model(str(folder / "my-model"))
+    for name, block in blocks.items():
+        (folder / name).write_text(block, encoding="utf-8")
+    return folder
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """Return an environment with nothing but what Python and a sample need."""
+    package = str(Path(selfhost.__file__).parents[1])
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
+    return {"PATH": path, "PYTHONPATH": package, "HOME": str(folder), "TMPDIR": str(folder), **more}
+
+
+def run(folder: Path, *command: str, **variables: str) -> list[str]:
+    """Run a command in the folder to its end, without a complaint; return what it prints, line by line."""
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
