@@ -23,7 +23,7 @@ import logging
 import os
 import stat
 import weakref
-from typing import Optional, Union
+from typing import Optional, Protocol
 
 from ..card.checksum import MAX_FILE_BYTES, Checksum, hash_bytes, hash_fd
 
@@ -57,6 +57,31 @@ class Descriptor:
 
     def __del__(self) -> None:
         os.close(self.fd)
+
+
+class Content(Protocol):
+    """Pinned content; `users` is kept by the registry."""
+
+    hex: str  # its blake3 digest
+    size: int  # bytes
+    users: int
+
+    @property
+    def data(self) -> Optional[bytes]:
+        """All of the bytes, if they are in memory; never raises."""
+
+    @property
+    def checksum(self) -> Checksum:
+        """The checksum of the bytes."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` up to `stop`, all of them, or raise OSError."""
+
+    def is_intact(self) -> bool:
+        """Tell whether this can still be served."""
+
+    def sealed(self) -> Optional[Descriptor]:
+        """Return a file of immutable bytes for `os.sendfile`, or None."""
 
 
 class MemoryContent:
@@ -142,9 +167,6 @@ class HeldFile:
 
     def sealed(self) -> None:
         """Return None: sendfile would send bytes that nobody has compared with the stamp."""
-
-
-Content = Union[MemoryContent, HeldFile]
 
 
 def pin_file(path: str, *, max_pinned_bytes: int = MAX_PINNED_BYTES) -> Content:

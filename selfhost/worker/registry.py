@@ -5,11 +5,16 @@ Rules
 - The same content under one key is shared and counted. Different content under one key stands side by
   side: the oldest answers the plain URL, every one answers its URL with `?blake3=<hex>`. When the oldest
   goes, the next oldest takes over the plain URL.
-- Equal content is kept once per process, whatever the keys.
+- Equal content is kept once per process, whatever the keys; in a shared registry once per host.
 - A model's card answers the URL of the model itself, by the same rules. It is no file: length, iteration and
   `pinned_bytes` leave it out. `is_empty` does not, and `unregister` removes it with the files.
 - Files are read and hashed before the lock is taken; the lock covers dictionary work only. It is one lock
-  for all registries of the process, because they share the content.
+  for all registries of the process, because they share the content. (Each shared one has its own.)
+- A follower is told of every change in order; see `Follower`. `unregister` is to it the removal of every open
+  registration of the model. Whoever puts in and takes out the same registrations ends in the same state.
+
+With `shared`, a folder, processes of one host serve what any of them registers, at their very next look-up
+and by these same rules; what a process registered goes with it. See shared.py.
 
 Sharing: any number of threads. Look-ups take no lock; each sees a file as it was before or after a change.
 Forked children inherit a whole, unlocked copy.
@@ -18,132 +23,63 @@ Forked children inherit a whole, unlocked copy.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
-import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import Optional, Union
-from urllib.parse import quote
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ..errors import RegistrationError
-from .answer import CARD, ROUTE, Fields, hit_fields, render_fields
+from .answer import CARD
+from .artifacts import Artifact as Artifact
+from .artifacts import ArtifactIndex, Row, all_of, model_target
+from .artifacts import Follower as Follower
+from .artifacts import Registration as Registration
 from .content import MAX_PINNED_BYTES, Content, HeldFile, MemoryContent, pin_bytes, pin_file
+from .names import MAX_NAME_BYTES as MAX_NAME_BYTES
+from .names import segment
+from .names import why_unservable as why_unservable
+
+if TYPE_CHECKING:
+    from .shared import Shared
 
 logger = logging.getLogger(__name__)
 
 BASE_SUFFIX = "_base"  # no LoRA's slug can be this: slugs lose their leading underscores
-MAX_NAME_BYTES = 255  # NAME_MAX of the file systems on which frontends will store the file
 
-Source = Union[str, "os.PathLike[str]", MemoryContent, HeldFile]
-
-
-class Artifact:
-    """One registered file or card: its key, its pinned content and its URL below the server's root.
-
-    `target` is the percent-encoded path that selects it, with a query only where another content holds the
-    plain URL; `fields` are the header fields of its 200.
-    """
-
-    __slots__ = (
-        "_fields", "_head", "content", "filename", "holders", "slug", "suffix", "target", "younger",
-    )  # fmt: skip
-
-    def __init__(self, slug: str, suffix: str, filename: str, content: Content, target: str) -> None:
-        self.slug = slug
-        self.suffix = suffix
-        self.filename = filename
-        self.content = content
-        self.target = target
-        self.holders = 1  # registrations that are not closed
-        self.younger: tuple[Artifact, ...] = ()  # other contents of this key, if this one is the oldest
-        self._fields: Optional[Fields] = None
-        self._head: Optional[bytes] = None
-
-    @property
-    def fields(self) -> Fields:
-        """The header fields of the 200, prepared once."""
-        if self._fields is None:
-            self._fields = hit_fields(self.filename, self.content)
-        return self._fields
-
-    @property
-    def head(self) -> bytes:
-        """The same fields as they stand on the wire, with the empty line that ends them."""
-        if self._head is None:
-            self._head = render_fields(self.fields) + b"\r\n"
-        return self._head
-
-    def __repr__(self) -> str:
-        return f"<Artifact {self.target} {self.content.checksum} holders={self.holders}>"
-
-
-class Registration:
-    """What was registered together. Closing removes it, unless another registration shares it.
-
-    `targets` maps each filename to its URL path (with query where needed), "" to a card's. A context manager;
-    `close` may be called any number of times from any thread.
-    """
-
-    def __init__(self, registry: MetadataArtifactRegistry, artifacts: tuple[Artifact, ...]) -> None:
-        self._registry = registry
-        self._artifacts = artifacts
-        self._closed = False
-
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        """What was registered, in the order given."""
-        return self._artifacts
-
-    @property
-    def targets(self) -> Mapping[str, str]:
-        """Map each filename to its URL path."""
-        return MappingProxyType({artifact.filename: artifact.target for artifact in self._artifacts})
-
-    def close(self) -> None:
-        """Withdraw it all; harmless when repeated."""
-        self._registry._release(self)
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
-        return f"<Registration {state} files={len(self._artifacts)}>"
-
-
-# (slug, suffix) -> filename, or CARD -> the oldest content, which knows the younger ones
-_Models = dict[tuple[str, str], dict[str, Artifact]]
-_NO_MODEL: dict[str, Artifact] = {}
-
-
-def _all_of(models: _Models) -> Iterator[Artifact]:
-    for model in models.values():
-        for oldest in model.values():
-            yield oldest
-            yield from oldest.younger
-
-
-def _with_digest(oldest: Artifact, digest: str) -> Optional[Artifact]:
-    return next((a for a in (oldest, *oldest.younger) if a.content.hex == digest), None)
+Source = Union[str, "os.PathLike[str]", Content]
 
 
 class MetadataArtifactRegistry:
-    """Which bytes answer for (slug, suffix, filename); see the module's docstring for rules and sharing."""
+    """Which bytes answer for (slug, suffix, filename); see the module's docstring for rules and sharing.
 
-    def __init__(self, *, max_pinned_bytes: int = MAX_PINNED_BYTES) -> None:
-        self.max_pinned_bytes = max_pinned_bytes  # larger files are held open instead (small ones never)
-        self._lock = _lock
-        self._models: _Models = {}
-        self._targets: dict[str, Artifact] = {}  # URL path, with query where needed -> artifact
-        self._count = 0
+    Files above `max_pinned_bytes` are held open instead of in memory (small ones never). `shared` is a folder
+    on a local file system, best one in memory (/dev/shm, /run), which is made where there is none; then
+    whatever changes something may raise RegistrationError.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_pinned_bytes: int = MAX_PINNED_BYTES,
+        shared: Optional[Union[str, os.PathLike[str]]] = None,
+    ) -> None:
+        self.max_pinned_bytes = max_pinned_bytes
+        self._ids = itertools.count(1)
+        self._is_closed = False
+        self._shared: Optional[Shared] = None
         _install_fork_hooks()
-        weakref.finalize(self, _drop_models, self._models).atexit = False
+        if shared is None:
+            self._index = ArtifactIndex(_lock, _contents)
+            weakref.finalize(self, _clear, self._index).atexit = False
+        else:
+            from .shared import Shared  # it needs fcntl, which not every system has
+
+            self._shared = Shared(shared)
+            self._index = self._shared.index
+            weakref.finalize(self, self._shared.close)
 
     # -------------------------------------------------------------- writing
 
@@ -158,99 +94,105 @@ class MetadataArtifactRegistry:
         RegistrationError, naming the first file at fault, for a name that cannot be part of a URL path or
         a file that cannot be pinned. Blocks while the files are read; holds no lock meanwhile.
         """
-        prefix = f"{ROUTE}{_segment(slug, 'slug')}/{_segment(suffix, 'suffix')}/"
-        new = []
-        for name, source in files.items():
-            target = prefix + _segment(name, "filename")
-            new.append(Artifact(slug, suffix, name, self._pin(slug, suffix, name, source), target))
-        logger.debug("registering %d files under %s", len(new), prefix)
-        return self._insert_all(slug, suffix, new)
+        self._check_open(slug, suffix)
+        model_target(slug, suffix)
+        logger.debug("registering %d files of %r/%r", len(files), slug, suffix)
+        return self._add(slug, suffix, self._pinned(slug, suffix, files))
 
     def register_card(self, slug: str, suffix: str, text: str) -> Registration:
         """Register the JSON text of a model's card, for the URL /v1/metadata/{slug}/{suffix}.
 
         Raises RegistrationError for a name that cannot be part of a URL path.
         """
-        target = f"{ROUTE}{_segment(slug, 'slug')}/{_segment(suffix, 'suffix')}"
-        return self._insert_all(
-            slug, suffix, [Artifact(slug, suffix, CARD, pin_bytes(text.encode()), target)]
-        )
+        self._check_open(slug, suffix)
+        model_target(slug, suffix)
+        return self._add(slug, suffix, [Row(CARD, pin_bytes(text.encode()))])
 
-    def _pin(self, slug: str, suffix: str, filename: str, source: Source) -> Content:
-        if isinstance(source, (MemoryContent, HeldFile)):
-            return source
-        path = os.fspath(source)
-        try:
-            return self.pin(path)
-        except OSError as error:
-            reason = f"{path!r}: {error.strerror or error}"
-            raise RegistrationError(
-                f"cannot register {filename!r} of {slug!r}/{suffix!r}: {reason}",
-                slug=slug, suffix=suffix, filename=filename, reason=reason,
-            ) from error  # fmt: skip
+    def restore(self, slug: str, suffix: str, rows: Iterable[Row]) -> Registration:
+        """Put in `rows` of another registry's registration: who is older there is so here. Not if shared."""
+        return self._add(slug, suffix, rows)
+
+    def unregister(self, slug: str, suffix: str) -> int:
+        """Remove all that is under (slug, suffix), whoever registered it; return how many files that were."""
+        if self._shared is not None:
+            removed = self._shared.unregister(slug, suffix)
+        else:
+            with self._index.lock:
+                before = self._index.count
+                for registration in self._index.registrations(slug, suffix):
+                    self._index.remove(registration)
+                removed = before - self._index.count
+        self._index.settle()
+        return removed
+
+    def release(self, registration: Registration) -> None:
+        """Take out a registration of this registry; harmless when repeated."""
+        if self._shared is not None:
+            is_gone = self._shared.release(registration)
+        else:
+            with self._index.lock:
+                is_gone = self._index.remove(registration)
+        if is_gone:
+            self._index.settle()
+
+    @property
+    def shared(self) -> Optional[str]:
+        """The folder through which processes share this registry, as an absolute path."""
+        return None if self._shared is None else self._shared.folder.path
+
+    def holds(self, registration: Registration) -> bool:
+        """Tell whether this registration is open."""
+        return self._index.holds(registration)
 
     def pin(self, path: str) -> Content:
         """Read, hash and keep a file that is to be registered; raise OSError as `pin_file` does."""
         return pin_file(path, max_pinned_bytes=self.max_pinned_bytes)
 
-    def unregister(self, slug: str, suffix: str) -> int:
-        """Remove all that is under (slug, suffix), whoever registered it; return how many files that were."""
-        with self._lock:
-            artifacts = list(_all_of({(slug, suffix): self._models.get((slug, suffix), {})}))
-            for artifact in artifacts:
-                artifact.holders = 0
-                self._remove(artifact)
-        return sum(artifact.filename != CARD for artifact in artifacts)
-
-    def _insert_all(self, slug: str, suffix: str, new: list[Artifact]) -> Registration:
-        with self._lock:
-            model = self._models.setdefault((slug, suffix), {}) if new else {}
-            return Registration(self, tuple([self._insert(model, artifact) for artifact in new]))
-
-    def _insert(self, model: dict[str, Artifact], new: Artifact) -> Artifact:
-        oldest = model.setdefault(new.filename, new)
-        if oldest is not new:
-            known = _with_digest(oldest, new.content.hex)
-            if known is not None:
-                known.holders += 1
-                if isinstance(known.content, HeldFile):  # it may have changed since; not so the new one
-                    _unshare(known.content)
-                    known.content = _share(new.content)
-                return known
-            new.target += f"?blake3={new.content.hex}"
-            oldest.younger = (*oldest.younger, new)
-        new.content = _share(new.content)
-        self._targets[new.target] = new
-        self._count += new.filename != CARD
-        return new
-
-    def _remove(self, artifact: Artifact) -> None:
-        model = self._models[artifact.slug, artifact.suffix]
-        oldest = model[artifact.filename]
-        left = [other for other in (oldest, *oldest.younger) if other is not artifact]
-        plain_target = artifact.target.partition("?")[0]
-        self._targets.pop(artifact.target, None)
-        if left:
-            left[0].younger = tuple(left[1:])
-            model[artifact.filename] = self._targets[plain_target] = left[0]
+    def close(self) -> None:
+        """Remove everything and take in nothing more; harmless when repeated."""
+        self._is_closed = True
+        if self._shared is not None:
+            self._shared.close()
         else:
-            self._targets.pop(plain_target, None)
-            del model[artifact.filename]
-            if not model:
-                del self._models[artifact.slug, artifact.suffix]
-        self._count -= artifact.filename != CARD
-        _unshare(artifact.content)
+            _clear(self._index)
+        self._index.settle()
 
-    def _release(self, registration: Registration) -> None:
-        with self._lock:
-            if registration._closed:
-                return
-            registration._closed = True
-            for artifact in registration._artifacts:
-                if artifact.holders:  # 0: `unregister` was here first
-                    artifact.holders -= 1
-                    if not artifact.holders:
-                        self._remove(artifact)
+    def _check_open(self, slug: str, suffix: str) -> None:
+        if self._is_closed:
+            message = f"cannot register {slug!r}/{suffix!r}: the registry is closed"
+            raise RegistrationError(message, slug=slug, suffix=suffix)
+
+    def _pinned(self, slug: str, suffix: str, files: Mapping[str, Source]) -> Iterator[Row]:
+        for name, source in files.items():
+            segment(name, "filename")  # a card's is no filename
+            yield Row(name, self._pin(slug, suffix, name, source))
+
+    def _pin(self, slug: str, suffix: str, filename: str, source: Source) -> Content:
+        if isinstance(source, (MemoryContent, HeldFile)):
+            return source
+        where = os.fspath(source) if isinstance(source, (str, os.PathLike)) else source.hex
+        try:
+            if isinstance(source, (str, os.PathLike)):
+                return self.pin(where)
+            if self._shared is not None:
+                return source
+            return MemoryContent(where, source.read(0, source.size))  # what lies in a shared folder may go
+        except OSError as error:
+            reason = f"{where!r}: {error.strerror or error}"
+            raise RegistrationError(
+                f"cannot register {filename!r} of {slug!r}/{suffix!r}: {reason}",
+                slug=slug, suffix=suffix, filename=filename, reason=reason,
+            ) from error  # fmt: skip
+
+    def _add(self, slug: str, suffix: str, rows: Iterable[Row]) -> Registration:
+        if self._shared is not None:
+            added = self._shared.register(slug, suffix, rows)
+        else:
+            pinned = list(rows)
+            with self._index.lock:
+                added = self._index.add(str(next(self._ids)), slug, suffix, pinned)
+        self._index.settle()
+        return Registration(added.id, slug, suffix, added.artifacts, self)
 
     # -------------------------------------------------------------- reading
 
@@ -259,97 +201,87 @@ class MetadataArtifactRegistry:
 
         The `filename` CARD ("") stands for the model's card.
         """
-        oldest = self._models.get((slug, suffix), _NO_MODEL).get(filename)
-        return oldest if oldest is None or digest is None else _with_digest(oldest, digest)
+        if self._shared is not None:
+            self._shared.refresh()
+        return self._index.get(slug, suffix, filename, digest)
 
     def lookup(self, target: str) -> Optional[Artifact]:
         """Return what a request target selects, if spelt exactly as in a card; one dictionary read."""
-        return self._targets.get(target)
+        if self._shared is not None:
+            self._shared.refresh()
+        return self._index.targets.get(target)
+
+    @property
+    def version(self) -> int:
+        """Another number whenever anything that is registered has changed."""
+        return self._current().version
+
+    def keys(self) -> list[tuple[str, str]]:
+        """Return (slug, suffix) of every model that has a file or a card."""
+        index = self._current()
+        with index.lock:
+            return list(index.models)
+
+    def model(self, slug: str, suffix: str) -> list[Artifact]:
+        """Return the files and the card of one model, the oldest of each name before the younger ones."""
+        index = self._current()
+        with index.lock:
+            return list(all_of({(slug, suffix): index.models.get((slug, suffix), {})}))
+
+    def follow(self, follower: Follower) -> Callable[[], None]:
+        """Tell `follower` of what is there, then of every change in order; call the result to end that.
+
+        Nothing is missed or told twice.
+        """
+        return self._current().follow(follower)
 
     def is_empty(self) -> bool:
         """Tell whether nothing is registered, neither file nor card."""
-        return not self._models
+        return not self._current().models
 
     @property
     def pinned_bytes(self) -> int:
-        """Memory that the registered files take, in bytes: each digest once, held files not at all."""
+        """Memory that the registered files take, in bytes: each digest once, held files not at all.
+
+        Of a shared registry: what they take in its folder.
+        """
         contents = {artifact.content.hex: artifact.content for artifact in self}
-        return sum(content.size for content in contents.values() if isinstance(content, MemoryContent))
+        return sum(content.size for content in contents.values() if not isinstance(content, HeldFile))
 
     def __len__(self) -> int:
-        return self._count
+        return self._current().count
 
     def __bool__(self) -> bool:
         return True  # an empty registry is a registry: `registry or default` must not replace it
 
     def __iter__(self) -> Iterator[Artifact]:
         """Iterate over a snapshot of the registered files."""
-        with self._lock:
-            return iter([artifact for artifact in _all_of(self._models) if artifact.filename != CARD])
+        index = self._current()
+        with index.lock:
+            return iter([artifact for artifact in all_of(index.models) if artifact.filename != CARD])
 
     def __repr__(self) -> str:
-        return f"<MetadataArtifactRegistry models={len(self._models)} files={self._count}>"
+        shared = "" if self.shared is None else f" shared={self.shared!r}"
+        index = self._current()
+        return f"<MetadataArtifactRegistry models={len(index.models)} files={index.count}{shared}>"
 
-
-# ------------------------------------------------------------------ names and sources
-
-_PLAIN_NAME = re.compile("[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,254}")  # nothing to refuse, nothing to encode
-# Separators, control characters (C0, DEL, C1) and halves of surrogate pairs, which have no UTF-8.
-_FORBIDDEN = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def why_unservable(name: str) -> Optional[str]:
-    """Return why `name` cannot be one segment of a metadata URL, or None if it can."""
-    if name in ("", ".", ".."):
-        return "it must not be empty, '.' or '..'"
-    found = _FORBIDDEN.search(name)
-    if found:
-        return f"it must not contain {found.group()!r}"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return f"it has {len(name.encode())} bytes of UTF-8, at most {MAX_NAME_BYTES} are allowed"
-    return None
-
-
-@functools.lru_cache(maxsize=4096)  # a thousand adapters have the same ten filenames
-def _segment(name: str, what: str) -> str:
-    """Validate and percent-encode one segment of a URL path."""
-    if _PLAIN_NAME.fullmatch(name):
-        return name
-    if what == "slug" and name == "":  # of a model called 模型, for one
-        return name
-    reason = why_unservable(name)
-    if reason is not None:
-        where = {what: name}
-        raise RegistrationError(f"cannot register the {what} {name!r}: {reason}", reason=reason, **where)
-    return quote(name, safe="")
+    def _current(self) -> ArtifactIndex:
+        """Return the index, with what other processes registered."""
+        if self._shared is not None:
+            self._shared.refresh()
+        return self._index
 
 
 # ------------------------------------------------------------------ what the process shares
 
 _lock = threading.RLock()
-_contents: dict[str, Content] = {}  # by blake3 hex; `users` of each counts the artifacts that have it
+_contents: dict[str, Content] = {}
 
 
-def _share(content: Content) -> Content:
-    """Count one more user of this content, and return the object that all of them use."""
-    known = _contents.setdefault(content.hex, content)
-    if isinstance(known, HeldFile):  # it may have changed since; not so the new one
-        known = _contents[content.hex] = content
-    known.users += 1
-    return known
-
-
-def _unshare(content: Content) -> None:
-    content.users -= 1
-    if not content.users and _contents.get(content.hex) is content:
-        del _contents[content.hex]
-
-
-def _drop_models(models: _Models) -> None:
-    """Give back the content of a registry that nobody refers to any more."""
-    with _lock:
-        for artifact in _all_of(models):
-            _unshare(artifact.content)
+def _clear(index: ArtifactIndex) -> None:
+    """Give back the content of a registry that nobody refers to any more, or that is closed."""
+    with index.lock:
+        index.clear()
 
 
 @functools.cache

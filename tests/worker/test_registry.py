@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Callable
 from urllib.parse import unquote
 
@@ -21,11 +24,32 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from selfhost.errors import RegistrationError
 from selfhost.worker.content import Content, pin_bytes, pin_file
-from selfhost.worker.registry import BASE_SUFFIX, MAX_NAME_BYTES, MetadataArtifactRegistry, why_unservable
+from selfhost.worker.registry import (
+    BASE_SUFFIX,
+    MAX_NAME_BYTES,
+    MetadataArtifactRegistry,
+    Registration,
+    why_unservable,
+)
+from selfhost.worker.shared_journal import render
 
 MakeFile = Callable[[str, bytes], str]
 ONE, TWO, THREE = b"one", b"two", b"three"
 LARGE = bytes(100_000)  # small files are never held
+
+
+@pytest.fixture(params=["plain", "shared"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MetadataArtifactRegistry]:
+    """Return an empty registry of either kind: the rules are the same."""
+    shared = None if request.param == "plain" else tmp_path / "shared"
+    with contextlib.closing(MetadataArtifactRegistry(shared=shared)) as registry:
+        yield registry
+
+
+@pytest.fixture
+def plain() -> MetadataArtifactRegistry:
+    """Return an empty registry of this process alone."""
+    return MetadataArtifactRegistry()
 
 
 def digest(data: bytes) -> str:
@@ -37,6 +61,14 @@ def read(registry: MetadataArtifactRegistry, *key: str) -> bytes | None:
     """Return the bytes that answer for (slug, suffix, filename[, digest]), or None."""
     artifact = registry.get(*key)
     return artifact and artifact.content.read(0, artifact.content.size)
+
+
+EMPTY = "<MetadataArtifactRegistry models=0 files=0>"
+
+
+def shown(registry: MetadataArtifactRegistry) -> str:
+    """Return the repr, without the folder of a shared one."""
+    return repr(registry).replace(f" shared={registry.shared!r}", "")
 
 
 # ------------------------------------------------------------------ one registration
@@ -62,7 +94,7 @@ def test_counts(registry: MetadataArtifactRegistry) -> None:
     assert (len(registry), registry.is_empty()) == (3, False)
     assert [artifact.filename for artifact in registry] == ["a", "b", "c"]
     assert registry.pinned_bytes == len(ONE) + len(THREE)
-    assert repr(registry) == "<MetadataArtifactRegistry models=1 files=3>"
+    assert shown(registry) == "<MetadataArtifactRegistry models=1 files=3>"
 
 
 def test_empty_registry_is_true(registry: MetadataArtifactRegistry) -> None:
@@ -86,7 +118,7 @@ def test_no_files_is_a_registration(registry: MetadataArtifactRegistry) -> None:
     """A model without files of its own leaves no trace."""
     with registry.register_files("m", "_base", {}) as registration:
         assert (len(registry), dict(registration.targets)) == (0, {})
-        assert repr(registry) == "<MetadataArtifactRegistry models=0 files=0>"
+        assert shown(registry) == EMPTY
 
 
 def test_closing_removes_exactly_its_own(registry: MetadataArtifactRegistry) -> None:
@@ -203,18 +235,18 @@ def test_unregister_wins_over_handles(registry: MetadataArtifactRegistry) -> Non
 # ------------------------------------------------------------------ content of the process
 
 
-def test_equal_content_is_kept_once(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+def test_equal_content_is_kept_once(plain: MetadataArtifactRegistry, make_file: MakeFile) -> None:
     """Whatever the key or the registry, equal bytes are one object."""
     other = MetadataArtifactRegistry()
     artifacts = [
-        *registry.register("m", "_base", "a", make_file("a", ONE)).artifacts,
-        *registry.register("m", "_base", "b", make_file("b", ONE)).artifacts,
-        *registry.register("n", "lora", "a", pin_bytes(bytes(ONE))).artifacts,
+        *plain.register("m", "_base", "a", make_file("a", ONE)).artifacts,
+        *plain.register("m", "_base", "b", make_file("b", ONE)).artifacts,
+        *plain.register("n", "lora", "a", pin_bytes(bytes(ONE))).artifacts,
         *other.register("m", "_base", "a", make_file("c", ONE)).artifacts,
     ]
 
     assert len({id(artifact.content) for artifact in artifacts}) == 1
-    assert registry.pinned_bytes == len(ONE)
+    assert plain.pinned_bytes == len(ONE)
 
 
 def is_kept(data: bytes) -> bool:
@@ -224,10 +256,10 @@ def is_kept(data: bytes) -> bool:
         return probe.artifacts[0].content is not newcomer
 
 
-def test_content_goes_with_its_last_user(registry: MetadataArtifactRegistry) -> None:
+def test_content_goes_with_its_last_user(plain: MetadataArtifactRegistry) -> None:
     """Content is given back when the last key of it is gone, not before."""
-    first = registry.register("m", "_base", "f", pin_bytes(b"to be given back"))
-    second = registry.register("n", "_base", "f", pin_bytes(b"to be given back"))
+    first = plain.register("m", "_base", "f", pin_bytes(b"to be given back"))
+    second = plain.register("n", "_base", "f", pin_bytes(b"to be given back"))
     first.close()
     assert is_kept(b"to be given back")
     second.close()
@@ -249,27 +281,27 @@ def test_dropped_registry_gives_its_content_back() -> None:
 
 
 def test_same_registration_renews_a_changed_held_file(
-    registry: MetadataArtifactRegistry, make_file: MakeFile
+    plain: MetadataArtifactRegistry, make_file: MakeFile
 ) -> None:
     """A held file that changed is served again once the same bytes are registered anew."""
     path = make_file("f", LARGE)
-    old = registry.register("m", "_base", "f", pin_file(path, max_pinned_bytes=0))
+    old = plain.register("m", "_base", "f", pin_file(path, max_pinned_bytes=0))
     time.sleep(0.02)  # a tick of the file system's clock
     os.truncate(path, 1)
     assert not old.artifacts[0].content.is_intact()
-    new = registry.register("m", "_base", "f", pin_file(make_file("g", LARGE), max_pinned_bytes=0))
+    new = plain.register("m", "_base", "f", pin_file(make_file("g", LARGE), max_pinned_bytes=0))
     old.close()
 
-    assert read(registry, "m", "_base", "f") == LARGE
+    assert read(plain, "m", "_base", "f") == LARGE
     new.close()
     assert not is_kept(LARGE)
 
 
-def test_held_files_take_no_memory(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+def test_held_files_take_no_memory(plain: MetadataArtifactRegistry, make_file: MakeFile) -> None:
     """`pinned_bytes` counts memory alone."""
-    registry.register("m", "_base", "f", pin_file(make_file("f", LARGE), max_pinned_bytes=0))
+    plain.register("m", "_base", "f", pin_file(make_file("f", LARGE), max_pinned_bytes=0))
 
-    assert (len(registry), registry.pinned_bytes) == (1, 0)
+    assert (len(plain), plain.pinned_bytes) == (1, 0)
 
 
 # ------------------------------------------------------------------ cards
@@ -416,6 +448,158 @@ def test_empty_slug_is_one(registry: MetadataArtifactRegistry) -> None:
     assert read(registry, "", "_base", "f") == ONE
 
 
+# ------------------------------------------------------------------ followers
+
+
+class Mirror:
+    """A follower that does in a registry of its own what it is told of."""
+
+    def __init__(self) -> None:
+        self.copy = MetadataArtifactRegistry()
+        self.held: dict[str, Any] = {}
+        self.told: list[str] = []
+
+    def added(self, registration: Registration) -> None:
+        """Put it in."""
+        self.told.append(f"+{registration.slug}")
+        self.held[registration.id] = self.copy.restore(
+            registration.slug, registration.suffix, registration.rows
+        )
+
+    def removed(self, registration: Registration) -> None:
+        """Take it out."""
+        self.told.append(f"-{registration.slug}")
+        self.held.pop(registration.id).close()
+
+    def settle(self) -> None:
+        """Note that somebody waits."""
+        self.told.append("settle")
+
+
+def test_follower_is_told_of_every_change_in_order(registry: MetadataArtifactRegistry) -> None:
+    """What is there comes first; each change is told once, then waited for; unfollowing ends it."""
+    old = registry.register("old", "_base", "f", pin_bytes(ONE))
+    mirror = Mirror()
+    unfollow = registry.follow(mirror)
+    with registry.register_card("card", "_base", "{}"):
+        old.close()
+        old.close()
+    registry.register_files("m", "_base", {})
+    registry.unregister("m", "_base")
+    registry.unregister("m", "_base")
+    unfollow()
+    unfollow()
+    registry.register("n", "_base", "f", pin_bytes(ONE))
+
+    assert mirror.told[:9] == ["+old", "+card", "settle", "-old", "settle", "-card", "settle", "+m", "settle"]
+    assert [told for told in mirror.told[9:] if told != "settle"] == ["-m"]
+    assert mirror.held == {}
+
+
+def test_unregister_is_the_removal_of_every_registration(registry: MetadataArtifactRegistry) -> None:
+    """A follower sees each of them go, and no other model's."""
+    mirror = Mirror()
+    registry.follow(mirror)
+    for data in (ONE, ONE, TWO):
+        registry.register("m", "_base", "f", pin_bytes(data))
+    registry.register("n", "_base", "f", pin_bytes(ONE))
+    registry.unregister("m", "_base")
+
+    assert [told for told in mirror.told if told != "settle"] == ["+m", "+m", "+m", "+n", "-m", "-m", "-m"]
+    assert [artifact.slug for artifact in mirror.copy] == ["n"]
+
+
+def test_late_follower_is_told_in_order(registry: MetadataArtifactRegistry) -> None:
+    """What is there is told as it was registered, model by model only if it was."""
+    for number, slug in enumerate("mnmn"):
+        registry.register(slug, "_base", str(number), pin_bytes(ONE))
+    mirror = Mirror()
+    registry.follow(mirror)
+
+    assert mirror.told == ["+m", "+n", "+m", "+n"]
+
+
+def test_late_follower_learns_who_is_older(registry: MetadataArtifactRegistry) -> None:
+    """A content that outlives its first registration keeps its URL, for who comes later too."""
+    first = registry.register("m", "_base", "f", pin_bytes(ONE))
+    registry.register_files("m", "_base", {"f": pin_bytes(TWO), "g": pin_bytes(TWO)})
+    registry.register_files("m", "_base", {"f": pin_bytes(ONE), "g": pin_bytes(ONE)})
+    first.close()
+    mirror = Mirror()
+    registry.follow(mirror)
+
+    assert (read(mirror.copy, "m", "_base", "f"), read(mirror.copy, "m", "_base", "g")) == (ONE, TWO)
+    assert targets(mirror.copy) == targets(registry)
+
+
+def targets(registry: MetadataArtifactRegistry) -> dict[str, str]:
+    """Return the digest that answers each URL."""
+    return {target: artifact.content.hex for target, artifact in registry._current().targets.items()}
+
+
+def test_follower_that_fails_harms_nobody(
+    registry: MetadataArtifactRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The change is made, the other followers are told, and the log says what happened."""
+    broken, mirror = Mirror(), Mirror()
+    broken.held = None  # type: ignore[assignment]
+    registry.follow(broken)
+    registry.follow(mirror)
+    registry.register("m", "_base", "f", pin_bytes(ONE)).close()
+
+    assert mirror.told == ["+m", "settle", "-m", "settle"]
+    assert caplog.text.count("a follower of the registry failed") == 2
+
+
+def test_version_changes_with_every_change(registry: MetadataArtifactRegistry) -> None:
+    """Whoever keeps something made of the registry can tell when it is out of date."""
+    seen = [registry.version]
+    registration = registry.register("m", "_base", "f", pin_bytes(ONE))
+    seen.append(registry.version)
+    registry.register_card("m", "_base", "{}")
+    seen.append(registry.version)
+    registration.close()
+    seen.append(registry.version)
+    registry.unregister("m", "_base")
+    seen.append(registry.version)
+    registration.close()
+
+    assert len(set(seen)) == 5
+    assert registry.version == seen[-1]
+
+
+def test_closed_registry_is_empty_and_stays_so(registry: MetadataArtifactRegistry) -> None:
+    """Closing withdraws everything, and what is registered later is refused."""
+    mirror = Mirror()
+    registry.follow(mirror)
+    registration = registry.register("m", "_base", "f", pin_bytes(b"to be closed"))
+    registry.close()
+    registry.close()
+    registration.close()
+
+    assert registry.is_empty()
+    assert mirror.held == {}
+    assert not is_kept(b"to be closed")
+    with pytest.raises(RegistrationError, match="the registry is closed"):
+        registry.register("m", "_base", "f", pin_bytes(ONE))
+
+
+def test_models_of_a_registry(registry: MetadataArtifactRegistry) -> None:
+    """Each model's key, and what it has: cards, and younger contents behind the oldest."""
+    registry.register_card("m", "_base", "{}")
+    registry.register("m", "_base", "f", pin_bytes(ONE))
+    registry.register("m", "_base", "f", pin_bytes(TWO))
+    registry.register("n", "lora", "f", pin_bytes(TWO))
+
+    assert registry.keys() == [("m", "_base"), ("n", "lora")]
+    assert [one.content.hex for one in registry.model("m", "_base")] == [
+        digest(b"{}"),
+        digest(ONE),
+        digest(TWO),
+    ]
+    assert registry.model("m", "lora") == []
+
+
 # ------------------------------------------------------------------ against a model
 
 
@@ -428,38 +612,48 @@ class Entry:
         self.holders = 0
 
 
+MODELS = st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base")])
+CONTENTS = st.sampled_from([ONE, TWO, THREE])
+WHICH = st.integers(0, 10**6)
+
+
 class RegistryMachine(RuleBasedStateMachine):
     """A registry and a plain list of entries per key, which must always agree."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = MetadataArtifactRegistry()
+        self.registries = self.start()
+        self.mirror = Mirror()
+        self.registries[0].follow(self.mirror)
         self.entries: dict[tuple[str, str, str], list[Entry]] = {}
         self.handles: list[tuple[Any, list[Entry]]] = []
         self.open: set[int] = set()
 
-    @rule(
-        model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base")]),
-        files=st.dictionaries(st.sampled_from("ab"), st.sampled_from([ONE, TWO, THREE])),
-    )
-    def register(self, model: tuple[str, str], files: dict[str, bytes]) -> None:
+    def start(self) -> list[MetadataArtifactRegistry]:
+        """Return the registries that shall be equal."""
+        return [MetadataArtifactRegistry()]
+
+    def choose(self, which: int) -> MetadataArtifactRegistry:
+        """Return any registry."""
+        return self.registries[which % len(self.registries)]
+
+    @rule(model=MODELS, files=st.dictionaries(st.sampled_from("ab"), CONTENTS), which=WHICH)
+    def register(self, model: tuple[str, str], files: dict[str, bytes], which: int) -> None:
         """Register a model, whatever is there already."""
         plain = "/v1/metadata/" + "/".join(model)
         held = [self.hold((*model, name), data, f"{plain}/{name}") for name, data in files.items()]
-        handle = self.registry.register_files(*model, {n: pin_bytes(bytes(d)) for n, d in files.items()})
+        pinned = {name: pin_bytes(bytes(data)) for name, data in files.items()}
+        handle = self.choose(which).register_files(*model, pinned)
         assert list(handle.targets.values()) == [entry.target for entry in held]
         self.open.add(len(self.handles))
         self.handles.append((handle, held))
 
-    @rule(
-        model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base")]),
-        data=st.sampled_from([ONE, TWO, THREE]),
-    )
-    def register_card(self, model: tuple[str, str], data: bytes) -> None:
+    @rule(model=MODELS, data=CONTENTS, which=WHICH)
+    def register_card(self, model: tuple[str, str], data: bytes, which: int) -> None:
         """Register a card, whatever is there already."""
         plain = "/v1/metadata/" + "/".join(model)
         held = [self.hold((*model, ""), data, plain)]
-        handle = self.registry.register_card(*model, data.decode())
+        handle = self.choose(which).register_card(*model, data.decode())
         assert dict(handle.targets) == {"": held[0].target}
         self.open.add(len(self.handles))
         self.handles.append((handle, held))
@@ -475,25 +669,29 @@ class RegistryMachine(RuleBasedStateMachine):
         return entry
 
     @precondition(lambda self: self.handles)
-    @rule(choice=st.integers(0, 10**6))
+    @rule(choice=WHICH)
     def close(self, choice: int) -> None:
         """Close any handle, whether it is open or not."""
         number = choice % len(self.handles)
-        handle, held = self.handles[number]
-        handle.close()
-        for entry in held if number in self.open else ():
-            entry.holders = max(entry.holders - 1, 0)
-        self.open.discard(number)
+        self.handles[number][0].close()
+        self.let_go([number])
+
+    def let_go(self, numbers: list[int]) -> None:
+        """Note that handles are closed now."""
+        for number in self.open.intersection(numbers):
+            for entry in self.handles[number][1]:
+                entry.holders = max(entry.holders - 1, 0)
+        self.open.difference_update(numbers)
         self.forget_unheld()
 
-    @rule(model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base"), ("n", "lora")]))
-    def unregister(self, model: tuple[str, str]) -> None:
+    @rule(model=st.sampled_from([("m", "_base"), ("m", "lora"), ("n", "_base"), ("n", "lora")]), which=WHICH)
+    def unregister(self, model: tuple[str, str], which: int) -> None:
         """Remove a model under its handles."""
         gone = [(key, e) for key, entries in self.entries.items() if key[:2] == model for e in entries]
         for _, entry in gone:
             entry.holders = 0
         self.forget_unheld()
-        assert self.registry.unregister(*model) == len([key for key, _ in gone if key[2]])
+        assert self.choose(which).unregister(*model) == len([key for key, _ in gone if key[2]])
 
     def forget_unheld(self) -> None:
         """Drop the entries that nobody holds any more."""
@@ -504,35 +702,83 @@ class RegistryMachine(RuleBasedStateMachine):
         """Plain and digest URLs select what the model says, and no other URL is left."""
         urls: dict[str, bytes] = {}
         for (slug, suffix, name), entries in self.entries.items():
-            assert read(self.registry, slug, suffix, name) == entries[0].data
             urls[f"/v1/metadata/{slug}/{suffix}/{name}".rstrip("/")] = entries[0].data
-            for entry in entries:
-                assert read(self.registry, slug, suffix, name, digest(entry.data)) == entry.data
-                urls[entry.target] = entry.data
-        assert {t: a.content.read(0, a.content.size) for t, a in self.registry._targets.items()} == urls
+            urls.update((entry.target, entry.data) for entry in entries)
+        for registry in self.registries:
+            for (slug, suffix, name), entries in self.entries.items():
+                assert read(registry, slug, suffix, name) == entries[0].data
+                for entry in entries:
+                    assert read(registry, slug, suffix, name, digest(entry.data)) == entry.data
+            assert targets(registry) == {target: digest(data) for target, data in urls.items()}
 
     @invariant()
     def counts_agree(self) -> None:
         """Length, iteration and bytes are the model's, cards left out; nothing is left behind."""
         entries = [entry for key, same_name in self.entries.items() if key[2] for entry in same_name]
-        assert self.registry.is_empty() == (not self.entries)
-        assert len(self.registry) == len(entries)
-        assert {a.target for a in self.registry} == {entry.target for entry in entries}
-        assert self.registry.pinned_bytes == sum(map(len, {entry.data for entry in entries}))
+        for registry in self.registries:
+            assert registry.is_empty() == (not self.entries)
+            assert len(registry) == len(entries)
+            assert {a.target for a in registry} == {entry.target for entry in entries}
+            assert registry.pinned_bytes == sum(map(len, {entry.data for entry in entries}))
+
+    @invariant()
+    def followers_agree(self) -> None:
+        """Who was told of everything, and who comes only now, has the same URLs and the same oldest."""
+        late = Mirror()
+        self.registries[0].follow(late)()
+        for mirror in (self.mirror, late):
+            assert targets(mirror.copy) == targets(self.registries[0])
+            assert sorted(mirror.copy.keys()) == sorted(self.registries[0].keys())
 
     def teardown(self) -> None:
         """Close every handle: nothing stays, in the registry or in the process."""
         for handle, _ in self.handles:
             handle.close()
-        assert self.registry.is_empty()
-        assert repr(self.registry) == "<MetadataArtifactRegistry models=0 files=0>"
+        for registry in self.registries:
+            assert registry.is_empty()
+            assert shown(registry) == EMPTY
+        self.mirror = Mirror()
         assert not any(is_kept(data) for data in (ONE, TWO, THREE))
 
 
+class SharedRegistryMachine(RegistryMachine):
+    """Three registries on one folder, one of them as old as the others or new, against the same model."""
+
+    def start(self) -> list[MetadataArtifactRegistry]:
+        """Share a folder."""
+        self.folder = tempfile.TemporaryDirectory()
+        return [MetadataArtifactRegistry(shared=f"{self.folder.name}/shared") for _ in range(3)]
+
+    @rule()
+    def restart(self) -> None:
+        """End the last registry, as if its process exited, and start another one."""
+        last = self.registries.pop()
+        self.let_go([n for n, (handle, _) in enumerate(self.handles) if handle._registry is last])
+        last.close()
+        self.registries.append(MetadataArtifactRegistry(shared=f"{self.folder.name}/shared"))
+
+    @rule(which=WHICH)
+    def compact(self, which: int) -> None:
+        """Replace the journal, which the others notice."""
+        shared = self.choose(which)._shared
+        with shared._writing():
+            shared._rewrite(list(map(render, shared._replica.snapshot())))
+
+    def teardown(self) -> None:
+        """Nothing stays in the folder either."""
+        super().teardown()
+        assert os.listdir(f"{self.folder.name}/shared/content") == []
+        for registry in self.registries:
+            registry.close()
+        assert os.listdir(f"{self.folder.name}/shared/owners") == []
+        self.folder.cleanup()
+
+
+SETTINGS = settings(max_examples=100, stateful_step_count=30, derandomize=True, database=None, deadline=None)
 TestAgainstModel = RegistryMachine.TestCase  # catalogue 96
-TestAgainstModel.settings = settings(
-    max_examples=100, stateful_step_count=30, derandomize=True, database=None, deadline=None
-)
+TestAgainstModel.settings = SETTINGS
+TestSharedAgainstModel = SharedRegistryMachine.TestCase
+TestSharedAgainstModel.settings = settings(SETTINGS, max_examples=50)
 
 
 # ------------------------------------------------------------------ threads
@@ -550,24 +796,25 @@ def fast_switches() -> Iterator[None]:
 def test_sixteen_threads(registry: MetadataArtifactRegistry, fast_switches: None) -> None:
     """A hundred thousand operations at once: own models are exact, shared ones never wrong."""
     contents = [pin_bytes(data) for data in (ONE, TWO, THREE)]  # catalogue 96
+    turns = 6_000 if registry.shared is None else 100  # each of these is a lock, a line and a file
     start = threading.Barrier(16)
 
     def work(number: int) -> list[Any]:
         start.wait()
-        return list(hammer(registry, f"own{number}", contents, random.Random(number)))
+        return list(hammer(registry, f"own{number}", contents, random.Random(number), turns))
 
     with ThreadPoolExecutor(16) as pool:
         wrong = [found for founds in pool.map(work, range(16)) for found in founds]
     assert wrong == []
-    assert (registry.is_empty(), repr(registry)) == (True, "<MetadataArtifactRegistry models=0 files=0>")
+    assert (registry.is_empty(), shown(registry)) == (True, EMPTY)
     assert not any(is_kept(data) for data in (ONE, TWO, THREE))
 
 
 def hammer(
-    registry: MetadataArtifactRegistry, own: str, contents: list[Content], rng: random.Random
+    registry: MetadataArtifactRegistry, own: str, contents: list[Content], rng: random.Random, turns: int
 ) -> Iterator[Any]:
     """Register, read and close in one thread; yield what was not as it must be."""
-    for turn in range(6_000):
+    for turn in range(turns):
         content = rng.choice(contents)
         with registry.register(f"rare{turn % 2}", "_base", "f", content) as rare:  # comes and goes
             if registry.get(f"rare{turn % 2}", "_base", "f", content.checksum.hex) not in rare.artifacts:

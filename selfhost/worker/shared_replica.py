@@ -1,0 +1,154 @@
+"""One process's copy of a shared registry: the dictionaries of a plain one, fed from the journal.
+
+The copies of all processes are equal once they have read equally far: what is registered follows from the set
+of open registrations (artifacts.py). So a journal that was replaced is read whole, into the dictionaries that
+are there: what it adds is added first, what it no longer has is removed then, and nothing is ever missing.
+
+Look-ups take no lock; a refresh that finds nothing new takes none either, and costs one fstat.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from typing import Optional
+
+from ..errors import RegistrationError
+from .artifacts import ArtifactIndex, Registration, Row
+from .content import Content
+from .shared_content import ContentStore
+from .shared_folder import SharedFolder
+from .shared_journal import Add, Change, File, Gone, Journal, Remove, owner_of
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """The `index` of one registry, and the journal that it follows."""
+
+    def __init__(self, folder: SharedFolder) -> None:
+        self._folder = folder
+        self.store = ContentStore(folder)
+        self.index = ArtifactIndex(threading.RLock(), self.store.contents)
+        self.journal: Optional[Journal] = Journal(folder)  # None once closed
+        self._registrations: dict[str, dict[str, Registration]] = {}  # by owner and id
+        self._is_reported = False
+
+    def refresh(self) -> None:
+        """See that the index is as the processes have left it; never raises."""
+        journal = self.journal
+        if journal is None:
+            return
+        try:
+            found = os.fstat(journal.fd)
+            if found.st_size != journal.size or found.st_nlink != 1:
+                self.catch_up()
+        except (OSError, RegistrationError) as error:
+            self.report(error)
+
+    def catch_up(self) -> None:
+        """Read what is new. Raises OSError or RegistrationError where there is no journal any more."""
+        with self.index.lock:
+            journal = self.journal
+            if journal is None:
+                return
+            found = os.fstat(journal.fd)
+            is_there = found.st_nlink == 1 or os.path.samestat(found, self._folder.stat("journal"))
+            if is_there and found.st_size >= journal.size:
+                for change in journal.read():
+                    self.apply(change)
+            else:
+                self._reopen()
+            self._is_reported = False
+
+    def _reopen(self) -> None:
+        journal = Journal(self._folder)
+        left = {id for registrations in self._registrations.values() for id in registrations}
+        for change in journal.read():
+            if isinstance(change, Add):
+                left.discard(change.id)
+            self.apply(change)
+        self.apply(Remove(tuple(left)))
+        self.journal = journal
+
+    def close(self) -> None:
+        """Be empty from now on, and let go of the journal."""
+        with self.index.lock:
+            self.journal = None
+            self._registrations.clear()
+            self.index.clear()
+
+    def report(self, error: Exception) -> None:
+        """Say once that the folder is out of reach."""
+        if not self._is_reported:
+            self._is_reported = True
+            logger.warning(
+                "the shared registry's folder %r is out of reach (%s): this process goes on with what it "
+                "knows; restart the processes that share it", self._folder.path, str(error),
+            )  # fmt: skip
+
+    # -------------------------------------------------------------- changes, under the index's lock
+
+    def apply(self, change: Optional[Change]) -> None:
+        """Do what a line of the journal says; whatever was done before is not done again."""
+        if isinstance(change, Add):
+            self._add(change)
+        elif isinstance(change, (Remove, Gone)):
+            for registration in self.touched(change):
+                self._remove(registration)
+
+    def touched(self, change: Change) -> list[Registration]:
+        """Return the open registrations that a removal takes out."""
+        with self.index.lock:
+            if isinstance(change, Gone):
+                return list(self._registrations.get(change.owner, {}).values())
+            ids = change.ids if isinstance(change, Remove) else ()
+            return [registration for registration in map(self.find, ids) if registration is not None]
+
+    def find(self, id: str) -> Optional[Registration]:
+        """Return an open registration."""
+        return self._registrations.get(owner_of(id), {}).get(id)
+
+    def owners(self) -> set[str]:
+        """Return the tokens of the processes that have something registered."""
+        return set(self._registrations)
+
+    def _add(self, change: Add) -> None:
+        if self.find(change.id) is None:
+            rows = [
+                Row(file.name, self.store.get(file.hex, file.size), file.serial, file.is_plain)
+                for file in change.files
+            ]
+            registration = self.index.add(change.id, change.slug, change.suffix, rows)
+            self._registrations.setdefault(owner_of(change.id), {})[change.id] = registration
+
+    def _remove(self, registration: Registration) -> None:
+        owned = self._registrations[owner_of(registration.id)]
+        del owned[registration.id]
+        if not owned:
+            del self._registrations[owner_of(registration.id)]
+        self.index.remove(registration)
+
+    # -------------------------------------------------------------- what a change would be
+
+    def placed(self, id: str, slug: str, suffix: str, files: Iterable[tuple[str, Content]]) -> Add:
+        """Return the change that registers files now, when all of the journal is read; under the lock."""
+        with self.index.lock:
+            placed = [
+                Row(name, content, *self.index.place(slug, suffix, name, content.hex))
+                for name, content in files
+            ]
+        return _add_of(id, slug, suffix, placed)
+
+    def snapshot(self) -> list[Change]:
+        """Return the changes that lead from nothing to what is registered now."""
+        with self.index.lock:
+            registrations = self.index.all_registrations()
+        return [_add_of(one.id, one.slug, one.suffix, one.rows) for one in registrations]
+
+
+def _add_of(id: str, slug: str, suffix: str, rows: Iterable[Row]) -> Add:
+    files = [File(one.filename, one.content.hex, one.content.size, one.serial, one.is_plain) for one in rows]
+    return Add(id, slug, suffix, tuple(files))
