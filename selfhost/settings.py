@@ -95,7 +95,7 @@ class Settings:
         """
         env = os.environ if environ is None else environ
         readers: dict[str, Callable[[], Any]] = {
-            "self_host_metadata": lambda: env.get("DYN_SELF_HOST_METADATA", "").strip().lower() in _ON,
+            "self_host_metadata": lambda: _is_on("DYN_SELF_HOST_METADATA", env, cls.self_host_metadata),
             "system_host": lambda: _host("DYN_SYSTEM_HOST", env) or cls.system_host,
             "system_port": lambda: _port("DYN_SYSTEM_PORT", env),
             "advertise_url": lambda: env.get("DYN_SYSTEM_ADVERTISE_URL", "").strip() or None,
@@ -103,7 +103,7 @@ class Settings:
             "discovery_backend": lambda: _one_of("DYN_DISCOVERY_BACKEND", env, _BACKENDS),
             "isolation": lambda: _one_of("DYN_SYSTEM_ISOLATION", env, _ISOLATIONS),
             "shared_dir": lambda: env.get("DYN_SYSTEM_SHARED_DIR") or None,
-            "metadata_index": lambda: env.get("DYN_SYSTEM_METADATA_INDEX", "").strip().lower() in _ON,
+            "metadata_index": lambda: _is_on("DYN_SYSTEM_METADATA_INDEX", env, cls.metadata_index),
             "tls_cert": lambda: env.get("DYN_SYSTEM_TLS_CERT") or None,
             "tls_key": lambda: env.get("DYN_SYSTEM_TLS_KEY") or None,
             "tls_client_ca": lambda: env.get("DYN_SYSTEM_TLS_CLIENT_CA") or None,
@@ -182,6 +182,11 @@ def _port(variable: str, env: Mapping[str, str]) -> Optional[int]:
         accepted = "1 to 65535, 0 for any free port, or nothing (or a negative number) for no server"
         raise _unusable(variable, env[variable], accepted)
     return port
+
+
+def _is_on(variable: str, env: Mapping[str, str], default: bool) -> bool:
+    text = env.get(variable, "").strip().lower()
+    return text in _ON if text else default
 
 
 def _one_of(variable: str, env: Mapping[str, str], accepted: tuple[str, ...]) -> str:

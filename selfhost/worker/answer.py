@@ -17,7 +17,8 @@ from .content import Content
 if TYPE_CHECKING:
     from .registry import Artifact, MetadataArtifactRegistry
 
-ROUTE = "/v1/metadata/"
+INDEX = "/v1/metadata"  # the list of what is registered, where it is on
+ROUTE = INDEX + "/"
 _ENCODED_SLASH = re.compile("%2[Ff]")
 CARD = ""  # in place of a filename, which is never empty: the model's card
 
@@ -42,6 +43,20 @@ class Headers(Protocol):
     def __contains__(self, name: str, /) -> bool: ...
 
     def __getitem__(self, name: str, /) -> str: ...
+    def get(self, name: str, default: str, /) -> str:
+        """Return a field's value."""
+
+
+class Found(Protocol):
+    """What a path selects: an artifact, or the index page."""
+
+    @property
+    def content(self) -> Content:
+        """The pinned bytes."""
+
+    @property
+    def fields(self) -> Fields:
+        """The header fields of the 200."""
 
 
 class Answer(NamedTuple):
@@ -68,8 +83,13 @@ def media_type(filename: str) -> str:
 
 def hit_fields(filename: str, content: Content) -> Fields:
     """Return the fields of the 200 for a registered file or card."""
+    return content_fields(media_type(filename), content)
+
+
+def content_fields(media_type: str, content: Content) -> Fields:
+    """Return the fields of the 200 for pinned content."""
     return (
-        ("Content-Type", media_type(filename)),
+        ("Content-Type", media_type),
         ("Content-Length", str(content.size)),
         ("ETag", f'"{content.hex}"'),
         _ACCEPT_RANGES,
@@ -150,14 +170,20 @@ def has_encoded_slash(target: str) -> bool:
 
     A server has decoded it in an application's PATH_INFO, where it looks like one that separates segments.
     """
-    return _ENCODED_SLASH.search(target.partition("?")[0].rpartition(ROUTE)[2]) is not None
+    return _ENCODED_SLASH.search(target.partition("?")[0].rpartition(INDEX)[2]) is not None
+
+
+def is_metadata(path: str) -> bool:
+    """Tell whether a percent-decoded path is the route or below it, however its slashes were encoded."""
+    path = path.replace("\0", "/")
+    return path == INDEX or path.startswith(ROUTE)
 
 
 # ------------------------------------------------------------------ conditions and ranges
 
 
-def answer_hit(method: str, artifact: Artifact, headers: Headers) -> Answer:
-    """Answer GET or HEAD for a registered file or card."""
+def answer_hit(method: str, artifact: Found, headers: Headers) -> Answer:
+    """Answer GET or HEAD for what was found."""
     content = artifact.content
     if not content.is_intact():
         return UNREADABLE
@@ -179,7 +205,7 @@ def answer_hit(method: str, artifact: Artifact, headers: Headers) -> Answer:
     return _partial(artifact, *part)
 
 
-def _partial(artifact: Artifact, start: int, stop: int) -> Answer:
+def _partial(artifact: Found, start: int, stop: int) -> Answer:
     fields: dict[str, str] = dict(artifact.fields)
     fields["Content-Length"] = str(stop - start)
     fields["Content-Range"] = f"bytes {start}-{stop - 1}/{artifact.content.size}"

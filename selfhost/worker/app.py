@@ -2,7 +2,8 @@
 
 Mount it at the root or under any prefix: routing looks at PATH_INFO alone, and nothing in an answer depends
 on the host or the prefix of the request. The same answers as the embedded server's; a plain hit goes straight
-from the registry to `start_response`, everything else through a Werkzeug Response.
+from the registry to `start_response`, everything else through a Werkzeug Response. With a token the server
+must hand on the Authorization field (mod_wsgi does with `WSGIPassAuthorization On`).
 
 An encoded slash separates no segments where the server tells how the path was spelt; wsgiref does not.
 
@@ -15,17 +16,21 @@ Sharing: any number of threads and forked processes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional, Union
 
 from werkzeug.datastructures import EnvironHeaders
 from werkzeug.wrappers import Response
 from werkzeug.wsgi import get_path_info
 
-from .answer import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find, has_encoded_slash
+from .access import Access
+from .answer import INDEX, METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find, has_encoded_slash
 from .content import Content
+from .index import Index
 from .registry import MetadataArtifactRegistry
 
 if TYPE_CHECKING:
+    import os
+
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 PIECE_BYTES = 256 * 1024  # of a range or of a held file; other pinned content leaves as one piece
@@ -33,25 +38,50 @@ _CONDITIONS = ("HTTP_RANGE", "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
 
 
 class MetadataApp:
-    """Serve a registry at /v1/metadata/{slug}/{suffix}[/{filename}]; a WSGI callable."""
+    """Serve a registry at /v1/metadata/{slug}/{suffix}[/{filename}]; a WSGI callable.
 
-    def __init__(self, registry: MetadataArtifactRegistry) -> None:
+    With a `token`, or a file that holds it, only requests that carry it see metadata; SettingsError if it
+    cannot be used. `index` lists at /v1/metadata what is registered.
+    """
+
+    def __init__(
+        self,
+        registry: MetadataArtifactRegistry,
+        *,
+        token: Optional[str] = None,
+        token_file: Union[str, os.PathLike[str], None] = None,
+        index: bool = False,
+    ) -> None:
         self.registry = registry
+        self._access = Access.of(token, token_file)
+        self._index = Index(registry) if index else None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request (PEP 3333)."""
         method = environ["REQUEST_METHOD"]
         if method not in ("GET", "HEAD"):
             return _respond(METHOD_NOT_ALLOWED, environ, start_response)
-        artifact = find(self.registry, get_path_info(environ), environ.get("QUERY_STRING", ""))
+        path, query = get_path_info(environ), environ.get("QUERY_STRING", "")
+        if self._access is not None:
+            refusal = self._access.refusal(path, environ.get("HTTP_AUTHORIZATION", ""))
+            if refusal is not None:
+                return _respond(refusal, environ, start_response)
+        artifact = find(self.registry, path, query)
         target = environ.get("REQUEST_URI") or environ.get("RAW_URI")  # not in PEP 3333: some servers tell it
-        if artifact is None or (target and "%" in target and has_encoded_slash(target)):
+        if target and "%" in target and has_encoded_slash(target):
             return _respond(NOT_FOUND, environ, start_response)
+        if artifact is None:
+            return _respond(self._unregistered(method, path, query, environ), environ, start_response)
         data = artifact.content.data
         if data is not None and method == "GET" and not any(name in environ for name in _CONDITIONS):
             start_response("200 OK", list(artifact.fields))
             return [data]
         return _respond(answer_hit(method, artifact, EnvironHeaders(environ)), environ, start_response)
+
+    def _unregistered(self, method: str, path: str, query: str, environ: WSGIEnvironment) -> Answer:
+        if path == INDEX and self._index is not None:
+            return self._index.answer(method, query, EnvironHeaders(environ))
+        return NOT_FOUND
 
     def __repr__(self) -> str:
         return f"<MetadataApp {self.registry!r}>"

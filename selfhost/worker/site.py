@@ -1,6 +1,7 @@
 """Site: everything that one server answers, as a function from a request to an answer.
 
-/v1/metadata/..., /health and /live. Never raises, never waits. Sharing: any number of threads.
+/v1/metadata/..., its index if that is on, /health and /live. Never raises, never waits. Sharing: any number
+of threads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import Callable, Optional
 
-from .answer import FAILED, NOT_FOUND, Answer, Headers, answer_hit, find, json_answer, split_target
+from .access import Access
+from .answer import FAILED, INDEX, NOT_FOUND, Answer, Headers, answer_hit, find, json_answer, split_target
+from .index import Index
 from .registry import MetadataArtifactRegistry
 
 logger = logging.getLogger(__name__)
@@ -22,7 +25,8 @@ class Site:
     """What is registered, and how the host is.
 
     `endpoints` is asked at each /health for the state of each endpoint: the answer is 200 if there is one
-    and all are "ready", else 503; without it always 200, as /live is.
+    and all are "ready", else 503 with the reason; without it always 200, as /live is. `access` None lets
+    everybody see metadata; `index` lists it at /v1/metadata.
     """
 
     def __init__(
@@ -30,9 +34,13 @@ class Site:
         registry: MetadataArtifactRegistry,
         *,
         endpoints: Optional[EndpointStates] = None,
+        access: Optional[Access] = None,
+        index: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = registry
+        self.access = access
+        self._index = Index(registry) if index else None
         self._endpoints = endpoints
         self._clock = clock
         self._started_at = clock()
@@ -41,22 +49,43 @@ class Site:
         """Answer GET or HEAD for an origin-form target as it was sent."""
         try:
             path, query = split_target(target)
+            if self.access is not None:
+                refusal = self.access.refusal(path, headers.get("authorization", ""))
+                if refusal is not None:
+                    return refusal
             artifact = find(self.registry, path, query)
             if artifact is not None:
                 return answer_hit(method, artifact, headers)
+            if path == INDEX and self._index is not None:
+                return self._index.answer(method, query, headers)
             if path == "/live":
                 return json_answer(200, {"status": "live", "uptime": self._uptime()})
             return self._health() if path == "/health" else NOT_FOUND
-        except (Exception, SystemExit):  # of the host's `endpoints`, say
+        except Exception:
             logger.exception("cannot answer %r", target)
             return FAILED
 
     def _health(self) -> Answer:
-        endpoints = {} if self._endpoints is None else dict(self._endpoints())
-        ready = self._endpoints is None or set(endpoints.values()) == {"ready"}
-        status = "ready" if ready else "notready"
-        state = {"status": status, "uptime": self._uptime(), "endpoints": endpoints}
-        return json_answer(200 if ready else 503, state)
+        endpoints, reason = self._states()
+        state: dict[str, object] = {"status": "notready" if reason else "ready"}
+        if reason:
+            state["reason"] = reason
+        state.update(uptime=self._uptime(), endpoints=endpoints)
+        return json_answer(503 if reason else 200, state)
+
+    def _states(self) -> tuple[dict[str, str], str]:
+        """Return the state of each endpoint, and why the worker is not ready: "" if it is."""
+        if self._endpoints is None:
+            return {}, ""
+        try:
+            endpoints = {str(name): str(state) for name, state in dict(self._endpoints()).items()}
+        except (Exception, SystemExit):  # it is the host's
+            logger.exception("cannot tell the state of the worker's endpoints")
+            return {}, "the worker's state is not known"
+        if not endpoints:
+            return {}, "no endpoint has a model yet"
+        waiting = [f"endpoint {name!r} is {state}" for name, state in endpoints.items() if state != "ready"]
+        return endpoints, ", ".join(waiting)
 
     def _uptime(self) -> dict[str, int]:
         secs, fraction = divmod(self._clock() - self._started_at, 1)

@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 
 from selfhost.worker import answer as rules
+from selfhost.worker.access import INVALID_TOKEN, UNAUTHORIZED
 from selfhost.worker.answer import (
     UNSATISFIABLE,
     answer_hit,
@@ -17,6 +18,7 @@ from selfhost.worker.answer import (
     find,
     has_encoded_slash,
     if_range_holds,
+    is_metadata,
     media_type,
     parse_range,
     render_fields,
@@ -297,7 +299,9 @@ def test_media_types(filename: str, expected: str) -> None:
     assert media_type(filename) == expected
 
 
-ERRORS = [rules.NOT_FOUND, rules.METHOD_NOT_ALLOWED, rules.UNREADABLE, rules.FAILED]
+ERRORS = [
+    rules.NOT_FOUND, rules.METHOD_NOT_ALLOWED, rules.UNREADABLE, rules.FAILED, UNAUTHORIZED, INVALID_TOKEN,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", ERRORS, ids=lambda answer: str(answer.status))
@@ -362,6 +366,9 @@ def test_targets_are_decoded_once(target: str, expected: tuple[str, str]) -> Non
         ("/v1%2Fmetadata/m/_base", True),
         ("/v1/metadata/m/_base", False),
         ("/v1/metadata/m/_base/%252F", False),
+        ("/v1%2Fmetadata", True),
+        ("/v1/metadata", False),
+        ("/a%2Fb/v1/metadata?after=m%2F_base", False),
         ("/v1/metadata/m/_base?a=/v1/metadata/%2F", False),
         ("http://h/a%2Fb/v1/metadata/m/_base", False),  # where the app is mounted is none of its business
     ],
@@ -369,6 +376,29 @@ def test_targets_are_decoded_once(target: str, expected: tuple[str, str]) -> Non
 def test_encoded_slash_is_seen_in_the_raw_target(target: str, has_one: bool) -> None:
     """What an application was not told by its PATH_INFO: whether a slash was an encoded one."""
     assert has_encoded_slash(target) is has_one
+
+
+@pytest.mark.parametrize(
+    ("target", "is_one"),
+    [
+        ("/v1/metadata", True),
+        ("/v1/metadata/", True),
+        ("/v1/metadata/a/b/c/d", True),
+        ("/v1/metadata?a", True),
+        ("/v1%2Fmetadata%2fm", True),
+        ("/v1/met%61data/..", True),
+        ("/v1/metadata%00m", True),
+        ("/v1/metadatam", False),
+        ("/v1/Metadata", False),
+        ("/v1//metadata", False),
+        ("/x/v1/metadata", False),
+        ("/v1/metadata%252Fm", False),
+        ("/health?/v1/metadata", False),
+    ],
+)
+def test_metadata_is_known_by_its_path(target: str, is_one: bool) -> None:
+    """What a token guards, however its slashes are spelt: a server may have decoded them."""
+    assert is_metadata(split_target(target)[0]) is is_one
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any, Callable
 import pytest
 from werkzeug.test import Client, EnvironBuilder
 
+from selfhost.errors import SettingsError
 from selfhost.worker.answer import find, split_target
 from selfhost.worker.app import PIECE_BYTES, MetadataApp
 from selfhost.worker.content import pin_bytes, pin_file
@@ -133,6 +134,49 @@ def test_answers_survive_unregistering(app: MetadataApp) -> None:
     app.registry.unregister("m", "_base")
 
     assert first + b"".join(pieces) == DATA[1:]
+
+
+def test_token_comes_from_the_field_alone(registry: MetadataArtifactRegistry) -> None:
+    """The app asks for the token wherever it is mounted, and takes it from no other place."""
+    registry.register("m", "_base", "f.bin", pin_bytes(DATA))
+    app = MetadataApp(registry, token="0123456789abcdef")
+    bearer = {"HTTP_AUTHORIZATION": "Bearer 0123456789abcdef"}
+    query = {"QUERY_STRING": "access_token=0123456789abcdef", "REMOTE_USER": "somebody"}
+
+    assert [call(app, SCRIPT_NAME=name, **bearer)[0] for name in ("", "/a")] == ["200 OK"] * 2
+    assert [call(app, SCRIPT_NAME=name, **query)[0] for name in ("", "/a")] == ["401 UNAUTHORIZED"] * 2
+
+
+def test_token_file_is_read_when_the_app_is_made(
+    registry: MetadataArtifactRegistry, make_file: Callable[[str, bytes], str]
+) -> None:
+    """A token that cannot be used is an error of the mounting, not of the first request."""
+    path = make_file("token", b"0123456789abcdef\n")
+    registry.register("m", "_base", "f.bin", pin_bytes(DATA))
+
+    assert (
+        call(MetadataApp(registry, token_file=path), HTTP_AUTHORIZATION="Bearer 0123456789abcdef")[0]
+        == "200 OK"
+    )
+    with pytest.raises(SettingsError, match="DYN_SYSTEM_TOKEN_FILE"):
+        MetadataApp(registry, token_file=make_file("empty", b""))
+    with pytest.raises(SettingsError, match="either"):
+        MetadataApp(registry, token="0123456789abcdef", token_file=path)
+
+
+def test_index_needs_the_plain_path(registry: MetadataArtifactRegistry) -> None:
+    """An encoded slash leads to no index, whatever the prefix; without `index` there is none."""
+    index = {"PATH_INFO": "/v1/metadata"}
+    app = MetadataApp(registry, index=True)
+    statuses = [
+        call(app, **index)[0],
+        call(app, **index, REQUEST_URI="/a%2Fb/v1/metadata")[0],
+        call(app, **index, REQUEST_URI="/v1%2Fmetadata")[0],
+        call(app, PATH_INFO="/v1/metadata/")[0],
+        call(MetadataApp(registry), **index)[0],
+    ]
+
+    assert [status[:3] for status in statuses] == ["200", "200", "404", "404", "404"]
 
 
 DOTS = ["..", "%2e%2e", "．．", ".%2e", "%252e%252e", "..%00", "%c0%ae%c0%ae", "%uff0e", "....", "..;"]

@@ -25,6 +25,7 @@ from werkzeug.middleware.lint import LintMiddleware
 from werkzeug.test import create_environ, run_wsgi_app
 
 import selfhost
+from selfhost.worker.access import Access
 from selfhost.worker.app import MetadataApp
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
@@ -250,6 +251,51 @@ METHODS = [  # catalogue 59
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO")
 ]
 
+# Under a server with a token and an index: the same files, and who may see them.
+TOKEN = "table-0123456789abcdef"
+HTML = (("Accept", "text/html,*/*;q=0.8"),)
+NEEDED = b"A valid bearer token is needed\n"
+
+
+def with_token(case: Case) -> Case:
+    """Return the case as it is asked by who may."""
+    return case._replace(headers=(*case.headers, ("Authorization", f"Bearer {TOKEN}")))
+
+
+def refused(target: str, authorization: Optional[str] = None, *, invalid: bool = False) -> Case:
+    """Return the case of who may not; `invalid` where a token was given."""
+    challenge = 'Bearer realm="selfhost"' + ', error="invalid_token"' * invalid
+    headers = () if authorization is None else (("Authorization", authorization),)
+    fields: dict[str, Optional[str]] = {"WWW-Authenticate": challenge, "ETag": None, "Content-Range": None}
+    return Case(target, 401, NEEDED, "GET", headers, {**fields, "Content-Type": TEXT})
+
+
+REFUSED = [
+    *[refused(c.target) for c in (*HITS, *CARDS, *MISSING) if c.target.startswith("/v1/metadata")],
+    refused("/v1/met%61data/m/%5Fbase"),
+    refused(f"{BASE}/config.json")._replace(method="HEAD", body=b""),
+    refused(f"{BASE}/config.json")._replace(is_old=True),
+    refused(f"{BASE}/config.json?access_token={TOKEN}"),
+    refused(f"{BASE}/config.json", "Bearer"),
+    refused(f"{BASE}/config.json", f"Basic {TOKEN}"),
+    refused(f"{BASE}/config.json", TOKEN),
+    refused(f"{BASE}/config.json", f"Bearer {TOKEN}x", invalid=True),
+    refused(f"{BASE}/config.json", f"Bearer {TOKEN[:-1]}", invalid=True),
+    refused(f"{BASE}/config.json", f"Bearer {TOKEN.upper()}", invalid=True),
+    refused(f"{BASE}/config.json", "Bearer \xff", invalid=True),
+    refused(f"{BASE}/unheard-of", f"Bearer {TOKEN}x", invalid=True),  # catalogue 33
+    refused("/v1/metadata", f"Bearer {TOKEN}x", invalid=True),
+]
+
+LISTED = [
+    Case("/v1/metadata", fields={"Content-Type": "application/json", "Vary": "Accept"}),
+    Case("/v1/metadata", 200, b"", "HEAD", (), {"Content-Type": "application/json", "Vary": "Accept"}),
+    Case("/v1/metadata?after=m/_base", fields={"Content-Type": "application/json"}),
+    Case("/v1/met%61data", headers=HTML, fields={"Content-Type": "text/html; charset=utf-8"}),
+    Case("/v1/metadata", 304, b"", "GET", (("If-None-Match", "*"),), {"Vary": "Accept"}),
+    Case("/v1/metadata", 206, b"{", "GET", (("Range", "bytes=0-0"),)),
+]
+
 # catalogue 83
 OLD = [case._replace(is_old=True) for case in (HITS[0], HITS[1], HITS[2], CARDS[0], RANGES[0], MISSING[0])]
 
@@ -275,9 +321,9 @@ def request_bytes(case: Case, prefix: str = "", *more: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def serve_in_process(site: MetadataArtifactRegistry, parse: Any) -> Iterator[Ask]:
+def serve_in_process(site: MetadataArtifactRegistry, parse: Any, **options: Any) -> Iterator[Ask]:
     """Call the app, watched by two checkers of WSGI; what comes is read as if a socket had carried it."""
-    app = MetadataApp(site)
+    app = MetadataApp(site, **options)
 
     def ask(case: Case) -> Any:
         path, _, query = case.target.partition("?")
@@ -297,9 +343,9 @@ def serve_in_process(site: MetadataArtifactRegistry, parse: Any) -> Iterator[Ask
     yield ask
 
 
-def serve_embedded(site: MetadataArtifactRegistry, exchange: Any) -> Iterator[Ask]:
+def serve_embedded(site: MetadataArtifactRegistry, exchange: Any, **options: Any) -> Iterator[Ask]:
     """Ask the embedded server."""
-    with SystemStatusServer(site) as server:
+    with SystemStatusServer(site, **options) as server:
         yield lambda case: exchange(
             (server.host, server.port), request_bytes(case, "", "Connection: close"), [case.method]
         )[0]
@@ -363,12 +409,42 @@ def ask(
         yield from serve_foreign(kind, tmp_path_factory.mktemp(kind), exchange)
 
 
+@pytest.fixture(scope="module", params=["app", "embedded"])
+def ask_guarded(
+    request: pytest.FixtureRequest, site: MetadataArtifactRegistry, parse: Any, exchange: Any
+) -> Iterator[Ask]:
+    """Return a function that sends one case to the app or the server, with a token and an index."""
+    if request.param == "app":
+        yield from serve_in_process(site, parse, token=TOKEN, index=True)
+    else:
+        yield from serve_embedded(site, exchange, access=Access(TOKEN), index=True)
+
+
 # ------------------------------------------------------------------ the table
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_table(ask: Ask, case: Case) -> None:
     """Every server gives the same answer."""
+    check(ask, case)
+
+
+@pytest.mark.parametrize(
+    "case", [*REFUSED, *map(with_token, LISTED), *[c for c in CASES if c.status == 405]], ids=str
+)
+def test_guarded(ask_guarded: Ask, case: Case) -> None:
+    """App and server refuse alike, and list alike to whoever is let in."""
+    check(ask_guarded, case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.target != "/v1/metadata"], ids=str)
+def test_token_opens_the_table(ask_guarded: Ask, case: Case) -> None:
+    """With the token every answer is what it is without a guard, but for the index."""
+    check(ask_guarded, with_token(case))
+
+
+def check(ask: Ask, case: Case) -> None:
+    """Send the case and compare what comes."""
     reply = ask(case)
 
     assert reply.status == case.status
@@ -421,6 +497,15 @@ def test_unregistered_file_looks_like_none(ask: Ask) -> None:
     assert there.status == not_there.status == 404
     assert [f for f in there.fields if f[0] != "date"] == [f for f in not_there.fields if f[0] != "date"]
     assert there.body == not_there.body
+
+
+def test_refusal_tells_nothing(ask_guarded: Ask) -> None:
+    """Who may not look learns not even what is there: the same bytes but for the date."""  # catalogue 33
+    targets = (f"{BASE}/config.json", f"{BASE}/secret.txt", f"{BASE}/nothing.txt", "/v1/metadata", BASE)
+    replies = [ask_guarded(refused(target)) for target in targets]
+
+    assert {reply.body for reply in replies} == {NEEDED}
+    assert len({tuple(f for f in reply.fields if f[0] != "date") for reply in replies}) == 1
 
 
 def test_whole_table_through_one_connection(site: MetadataArtifactRegistry, exchange: Any) -> None:
