@@ -113,6 +113,32 @@ class FetchError(SelfHostError):
         self.retry_after = retry_after
 
 
+class HostNotFound(FetchError):
+    """No address is known for the URL's `host`."""
+
+    def __init__(self, message: str, *, url: str, host: str, is_transient: bool = False) -> None:
+        super().__init__(message, url=url, is_transient=is_transient)
+        self.host = host
+
+
+class ConnectFailed(FetchError):
+    """No address of the URL's `host` takes a connection to `port`; `errno` is why the last one did not."""
+
+    def __init__(self, message: str, *, url: str, host: str, port: int, errno: Optional[int] = None) -> None:
+        super().__init__(message, url=url, is_transient=True)
+        self.host = host
+        self.port = port
+        self.errno = errno
+
+
+class TLSFailed(FetchError):
+    """There is no secure connection to the origin; `problem` says why, in the words of `http_tls`."""
+
+    def __init__(self, message: str, *, url: str, problem: str, is_transient: bool = False) -> None:
+        super().__init__(message, url=url, is_transient=is_transient)
+        self.problem = problem
+
+
 class HTTPStatusError(FetchError):
     """The origin answered with a status that brings no file."""
 

@@ -1,4 +1,4 @@
-"""The command line: `selfhost serve`, `card`, `fetch`, `verify`, `cache`, `demo`.
+"""The command line: `selfhost serve`, `card`, `fetch`, `verify`, `doctor`, `cache`, `demo`.
 
 Exit codes: 0 done; 1 an error, told on stderr, or files that are not what their card says; 2 wrong usage.
 Results go to stdout, everything else to stderr; when the reader of stdout leaves, the command ends quietly
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Optional
 from .. import __version__
 from ..errors import ResolveError, SelfHostError
 from .cache import add_cache
+from .doctor import add_doctor
 from .fetch import add_fetch, add_verify
 from .serve import add_card, add_serve
 from .support import add_command, flush, printable
@@ -42,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = make_parser().parse_args(argv)
     _log_to_stderr(logging.DEBUG if arguments.verbose else logging.WARNING)
     try:
-        arguments.run(arguments)
+        code: Optional[int] = arguments.run(arguments)
         flush()
     except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
         _discard_stdout()
@@ -51,7 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _fail(_text_of(error))
     except KeyboardInterrupt:
         return _fail("interrupted")
-    return 0
+    return code or 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,11 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selfhost",
         description="A worker serves its own model metadata, and frontends fetch exactly those bytes.",
-        epilog="Start with `selfhost demo`; `selfhost COMMAND --help` has examples of each command.",
+        epilog="Start with `selfhost demo`; where something does not work, with `selfhost doctor URL`. "
+        "`selfhost COMMAND --help` has examples of each command.",
     )
     parser.add_argument("--version", action="version", version=f"selfhost {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, add_serve, add_card, add_fetch, add_verify, add_cache):
+    for add in (_add_demo, add_serve, add_card, add_fetch, add_verify, add_doctor, add_cache):
         add(commands)
     return parser
 

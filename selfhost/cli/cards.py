@@ -10,30 +10,42 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-from ..errors import CardError, SettingsError, shown_url
+from ..errors import SettingsError, shown_url
+from ..settings import FrontendSettings
 from .support import bytes_of, path
 
 if TYPE_CHECKING:
     from ..card.checksum import Checksum
     from ..card.model_card import ModelDeploymentCard
-    from ..frontend.transport import Bytes, Transport
-
-MAX_CARD_BYTES = 16 << 20  # a card has some kilobytes; one with a thousand files, a few hundred
+    from ..frontend.http_tls import ClientTls
+    from ..frontend.tokens import Tokens
+    from ..frontend.transport import Transport
 
 CARD_HELP = "the card (or a discovery record): a file, - for stdin, or the URL that `selfhost serve` prints"
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
     """Add the argument CARD, and how to get at one by URL."""
+    parser.allow_abbrev = False  # a `--token SECRET` must not be taken for a file of that name
     parser.add_argument("card", metavar="CARD", type=path, help=CARD_HELP)
     add = parser.add_argument_group("http and https").add_argument
     whom = "host, address or network to talk to, and to no other; may be repeated"
     add("--allow", metavar="PEER", type=_peer, action="append", default=[], help=whom)
-    add("--ca", metavar="FILE", type=path, help="trust these certificate authorities, not the system's")
-    add("--cert", metavar="FILE", type=path, help="client certificate; goes with --key")
-    add("--key", metavar="FILE", type=path, help="the client certificate's private key")
+    whose = "certificate authorities to trust in place of the system's (DYN_MDC_TLS_CA)"
+    add("--ca", metavar="FILE", type=path, help=whose)
+    add("--cert", metavar="FILE", type=path, help="client certificate to show (DYN_MDC_TLS_CERT)")
+    key = "its private key, where the file of --cert does not have it (DYN_MDC_TLS_KEY)"
+    add("--key", metavar="FILE", type=path, help=key)
+    token = "file with the bearer token for the origin of CARD, and for no other (DYN_MDC_TOKENS_FILE)"  # noqa: S105
+    add("--token-file", metavar="FILE", type=path, help=token)
+
+
+def add_file_roots(parser: argparse.ArgumentParser) -> None:
+    """Add --file-root."""
+    below = "allow paths and file: URLs below DIR as sources; may be repeated (default: none)"
+    parser.add_argument("--file-root", metavar="DIR", type=path, action="append", default=[], help=below)
 
 
 def _peer(value: str) -> str:
@@ -46,23 +58,58 @@ def _peer(value: str) -> str:
     return value
 
 
+def transport_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `default_transports` that the arguments mean; raise SettingsError."""
+    from ..frontend.peer_policy import AllowList, not_link_local
+
+    return {
+        "file_roots": getattr(arguments, "file_root", ()),
+        "peer_policy": AllowList(*arguments.allow) if arguments.allow else not_link_local,
+        "tls": _tls(arguments),
+        "tokens": _tokens(arguments),
+        "offline": getattr(arguments, "offline", False),
+    }
+
+
+def _tls(arguments: argparse.Namespace) -> Optional[ClientTls]:
+    """Return what the options say, None to leave all to the environment; certificate and key go together."""
+    if not (arguments.ca or arguments.cert or arguments.key):
+        return None
+    from ..frontend.http_tls import ClientTls
+
+    settings = FrontendSettings.from_env()
+    is_given = arguments.cert or arguments.key
+    pair = (arguments.cert, arguments.key) if is_given else (settings.tls_cert, settings.tls_key)
+    tls = ClientTls(arguments.ca or settings.tls_ca, *pair)
+    tls.context()  # what is named on the command line is to be there
+    return tls
+
+
+def _tokens(arguments: argparse.Namespace) -> Optional[Tokens]:
+    """Return the tokens of the environment and the one of --token-file, None where that is not given."""
+    if not arguments.token_file:
+        return None
+    if not is_card_url(arguments.card):
+        raise SettingsError(
+            f"--token-file is for the origin of a URL, and {arguments.card!r} is none: "
+            "name the origin in a file, see DYN_MDC_TOKENS_FILE",
+            variable="--token-file", value=arguments.token_file, accepted="a CARD that is a URL",
+        )  # fmt: skip
+    from ..frontend.tokens import Tokens, origin_text, read_token
+
+    origin = origin_text(arguments.card)
+    return Tokens({origin: read_token(arguments.token_file)}, file=FrontendSettings.from_env().tokens_file)
+
+
 @contextlib.contextmanager
 def open_transports(arguments: argparse.Namespace) -> Iterator[dict[str, Transport]]:
     """Give the table of transports that the options describe, and close them in the end.
 
     Raises SettingsError, OSError.
     """
-    from ..frontend.peer_policy import AllowList, not_link_local
-    from ..frontend.transport_http import tls_context
     from ..frontend.transports import default_transports
 
-    files = {"ca_file": arguments.ca, "cert_file": arguments.cert, "key_file": arguments.key}
-    transports = default_transports(
-        file_roots=getattr(arguments, "file_root", ()),
-        peer_policy=AllowList(*arguments.allow) if arguments.allow else not_link_local,
-        tls=tls_context(**files) if any(files.values()) else None,
-        offline=getattr(arguments, "offline", False),
-    )
+    transports = default_transports(**transport_options(arguments))
     try:
         yield transports
     finally:
@@ -78,24 +125,28 @@ def read_card(
 ) -> ModelDeploymentCard:
     """Read the card that `source` names.
 
-    Raises CardError for what is no card or larger than `MAX_CARD_BYTES`, OSError, FetchError.
+    Raises CardError for what is no card or too large to be one, OSError, FetchError.
     """
-    from ..card.model_card import ModelDeploymentCard
+    from ..frontend.card_source import fetch_card, parse_card
 
-    text = _read(source, transports, offline=offline)
-    if len(text) > MAX_CARD_BYTES:
-        raise CardError(
-            f"{shown_source(source)} is no card: it has more than {MAX_CARD_BYTES} bytes", value=source
-        )
-    try:
-        if _is_record(text):
-            return ModelDeploymentCard.from_record(text)
-        return ModelDeploymentCard.from_json(text)
-    except CardError as error:
-        raise CardError(
-            f"{shown_source(source)} is no card that can be used: {error}",
-            field=error.field, value=error.value, issues=error.issues,
-        ) from error  # fmt: skip
+    if not is_card_url(source):
+        return parse_card(read_text(source), repr(source))
+    if offline:
+        raise SettingsError(
+            f"the card {shown_source(source)} cannot be fetched offline: give a file that holds it",
+            variable="CARD", value=source, accepted="a file, or - for stdin",
+        )  # fmt: skip
+    return fetch_card(source, transports)
+
+
+def read_text(source: str) -> bytes:
+    """Return the text of a file or of stdin, or a little more of it than a card may have."""
+    from ..frontend.card_source import MAX_CARD_BYTES
+
+    if source == "-":
+        return bytes_of(sys.stdin, "stdin").read(MAX_CARD_BYTES + 1)
+    with open(source, "rb") as file:
+        return file.read(MAX_CARD_BYTES + 1)
 
 
 def is_card_url(source: str) -> bool:
@@ -106,61 +157,6 @@ def is_card_url(source: str) -> bool:
 def shown_source(source: str) -> str:
     """Return where a card comes from as messages show it: without what may be a secret in a URL."""
     return shown_url(source) if is_card_url(source) else repr(source)
-
-
-def _is_record(text: bytes) -> bool:
-    """Tell whether this is a discovery record with a card in it, as the file store keeps them."""
-    from ..card import json_text
-
-    value = json_text.loads(text)
-    return isinstance(value, dict) and "card_json" in value and "display_name" not in value
-
-
-def _read(source: str, transports: Mapping[str, Transport], *, offline: bool) -> bytes:
-    """Return the text, or a little more of it than a card may have."""
-    from ..card import url as urls
-
-    if source == "-":
-        return bytes_of(sys.stdin, "stdin").read(MAX_CARD_BYTES + 1)
-    if not is_card_url(source):
-        with open(source, "rb") as file:
-            return file.read(MAX_CARD_BYTES + 1)
-    if offline:
-        raise SettingsError(
-            f"the card {shown_source(source)} cannot be fetched offline: give a file that holds it",
-            variable="CARD", value=source, accepted="a file, or - for stdin",
-        )  # fmt: skip
-    memory = _Memory()
-    url = urls.normalize(source) or source
-    transports[url.partition(":")[0].lower()].fetch(url, memory, max_bytes=MAX_CARD_BYTES)
-    return memory.data
-
-
-class _Memory:
-    """A sink that keeps what comes; see `Sink`."""
-
-    def __init__(self) -> None:
-        self.validator: Optional[str] = None
-        self._pieces = bytearray()
-
-    @property
-    def data(self) -> bytes:
-        """All bytes that came."""
-        return bytes(self._pieces)
-
-    @property
-    def received(self) -> int:
-        """How many bytes came."""
-        return len(self._pieces)
-
-    def write(self, data: Bytes) -> None:
-        """Append bytes."""
-        self._pieces += data
-
-    def restart(self) -> None:
-        """Forget all bytes."""
-        self.validator = None
-        self._pieces.clear()
 
 
 # ------------------------------------------------------------------ the files of a card

@@ -14,6 +14,7 @@ from ..errors import Attempt, CardError, FetchError, ResolveError, SelfHostError
 from .cache_options import add_cache_root, add_lower_caches, open_cache, temporary_if_none
 from .cards import (
     add_card,
+    add_file_roots,
     checksums_of,
     find_name,
     is_card_url,
@@ -77,8 +78,7 @@ def add_fetch(commands: Commands) -> None:
     add_lower_caches(parser)
     how = "of files in the cache: always hash them, or trust a stamp of an earlier check (default: stamp)"
     add("--verify", choices=("always", "stamp"), default="stamp", help=how)
-    below = "allow paths and file: URLs below DIR as sources; may be repeated (default: none)"
-    add("--file-root", metavar="DIR", type=path, action="append", default=[], help=below)
+    add_file_roots(parser)
 
 
 def fetch(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Optional
 
 from ..errors import SettingsError
 from ..settings import Settings
-from .support import add_command, print_bytes, text
+from .support import add_command, path, print_bytes, text
 
 if TYPE_CHECKING:
     from ..worker.local_model import LocalModel
@@ -33,9 +33,11 @@ examples:
   selfhost serve ./my-model --host 0.0.0.0                       for frontends on other machines
   selfhost serve ./my-model --advertise https://gw.example/gpu7  behind NAT or a proxy
   selfhost serve ./my-model --discovery file:/srv/kv --lora my-adapter
+  selfhost serve ./my-model --host 0.0.0.0 --tls-cert me.pem --tls-key me.key --token-file secret
 
-The variables in parentheses set the defaults; flags win over them. Ctrl-C, SIGTERM or SIGINT end it: the
-card is withdrawn, the server closed, the exit code is 0.
+The variables in parentheses set the defaults; flags win over them. A token itself has no flag: everybody on
+the machine can read a command line. Ctrl-C, SIGTERM or SIGINT end it: the card is withdrawn, the server
+closed, the exit code is 0.
 """
 
 CARD_EXAMPLES = """\
@@ -68,6 +70,25 @@ def add_serve(commands: Commands) -> None:
     add("--discovery", metavar="WHERE", type=_discovery, default={}, help=where)
     for part, default in (("namespace", "dynamo"), ("component", "backend"), ("endpoint", "generate")):
         add(f"--{part}", metavar="NAME", type=_part, default=default, help=f"published (default {default})")
+    _add_serving(parser)
+    parser.allow_abbrev = False  # a `--token SECRET` must not be taken for a file of that name
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    """Add how the server runs, and whom it lets in."""
+    add = parser.add_argument
+    index = "list what is served at /v1/metadata (DYN_SYSTEM_METADATA_INDEX, else on)"
+    add("--index", action=argparse.BooleanOptionalAction, help=index)
+    where = "run the server on a thread or in a process of its own (DYN_SYSTEM_ISOLATION, else thread)"
+    add("--isolation", choices=("thread", "process"), help=where)
+    cert = "speak TLS, with this PEM file of the certificate and its chain (DYN_SYSTEM_TLS_CERT)"
+    add("--tls-cert", metavar="FILE", type=path, help=cert)
+    key = "PEM file of its key, if that is a file of its own (DYN_SYSTEM_TLS_KEY)"
+    add("--tls-key", metavar="FILE", type=path, help=key)
+    ca = "let in only clients with a certificate of these CAs, a PEM file (DYN_SYSTEM_TLS_CLIENT_CA)"
+    add("--tls-client-ca", metavar="FILE", type=path, help=ca)
+    ask = "ask for the bearer token in this file (DYN_SYSTEM_TOKEN_FILE, or DYN_SYSTEM_TOKEN itself)"
+    add("--token-file", metavar="FILE", type=path, help=ask)
 
 
 def add_card(commands: Commands) -> None:
@@ -142,6 +163,7 @@ def print_card(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model directory until a signal ends it; then withdraw and close."""
+    from ..worker.answer import INDEX
     from ..worker.runtime import DistributedRuntime
 
     with _EndingSignals() as ending:
@@ -153,6 +175,8 @@ def serve(arguments: argparse.Namespace) -> None:
             for model in models:
                 model.attach(endpoint)
             _print_table(models)
+            if runtime.settings.metadata_index:
+                print(f"See it all: {runtime.base_url()}{INDEX}")
             _print_next(runtime.settings, models)
             ending.wait()
 
@@ -217,9 +241,10 @@ class _EndingSignals:
 
 @dataclasses.dataclass(frozen=True)
 class _ServeSettings(Settings):
-    """The environment's settings, but loopback where it names no address."""
+    """The environment's settings, but for what they are where it says nothing."""
 
     system_host: str = SERVE_HOST
+    metadata_index: bool = True
 
 
 def serve_settings(arguments: argparse.Namespace) -> Settings:
@@ -229,7 +254,15 @@ def serve_settings(arguments: argparse.Namespace) -> Settings:
         "system_host": arguments.host,
         "system_port": arguments.port,
         "advertise_url": arguments.advertise,
+        "metadata_index": arguments.index,
+        "isolation": arguments.isolation,
+        "tls_cert": arguments.tls_cert,
+        "tls_key": arguments.tls_key,
+        "tls_client_ca": arguments.tls_client_ca,
+        "token_file": arguments.token_file,
     }
+    if arguments.token_file is not None:
+        given["token"] = None  # the environment's, which would be a second one
     given.update((name, value) for name, value in flags.items() if value is not None)
     settings = _ServeSettings.from_env(**given)
     return (
@@ -262,6 +295,9 @@ def _print_table(models: Sequence[LocalModel]) -> None:
 def _print_next(settings: Settings, models: Sequence[LocalModel]) -> None:
     for model in models:
         print(f"Fetch it: selfhost fetch {shlex.quote(str(model.card_url))}")
+    needed = _needed(settings)
+    if needed:
+        print(f"Whoever fetches needs {' and '.join(needed)}")
     names = ", ".join(repr(model.card.display_name) for model in models)
     if settings.discovery_backend == "file":
         store = shlex.quote(os.path.abspath(settings.file_kv))
@@ -271,3 +307,15 @@ def _print_next(settings: Settings, models: Sequence[LocalModel]) -> None:
     else:
         what = "published to nobody; for frontends, add --discovery file:DIR"
         print(f"Serving {names} until Ctrl-C, {what}", flush=True)
+
+
+def _needed(settings: Settings) -> list[str]:
+    """Return what clients must have, and which variable of theirs names it."""
+    needed = []
+    if settings.tls_cert is not None:
+        needed.append("to trust the certificate's CA (DYN_MDC_TLS_CA, if the system does not)")
+    if settings.tls_client_ca is not None:
+        needed.append("a client certificate (DYN_MDC_TLS_CERT)")
+    if settings.token is not None or settings.token_file is not None:
+        needed.append("the bearer token (DYN_MDC_TOKENS_FILE)")
+    return needed

@@ -17,7 +17,8 @@ from ..errors import SelfHostError
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Run = Callable[[argparse.Namespace], None]  # does the command; raises what `main` turns into an exit code
+# Does the command; returns the exit code (None: 0), or raises what `main` turns into one.
+Run = Callable[[argparse.Namespace], Optional[int]]
 
 
 def add_command(commands: Commands, name: str, run: Run, does: str, epilog: str) -> argparse.ArgumentParser:

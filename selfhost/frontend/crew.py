@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Callable, Generic, Optional, TypeVar
 
+from . import waits
+
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
@@ -117,8 +119,7 @@ class Crew(Generic[Job]):
     def _join(self, seconds: Optional[float] = None) -> None:
         deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:  # grows meanwhile: a thread starts the next one before it works or ends
-            if thread.ident is not None:
-                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            waits.join(thread, None if deadline is None else deadline - time.monotonic())
 
 
 def _is_interrupt(error: Optional[BaseException]) -> bool:

@@ -1,8 +1,8 @@
 """What failed lately: which sources are left alone for a while, so that nobody hammers a dead worker.
 
 Rules
-- What concerns the connection (none, broken, silent, not allowed) counts against the whole origin; statuses,
-  wrong bytes and everything else against the one URL.
+- What concerns the connection (none, not secure, broken, silent, not allowed) counts against the whole
+  origin; statuses, wrong bytes and everything else against the one URL.
 - A source rests for 1 s after its first failure, twice as long after each further one, 30 s at most, with
   jitter: frontends that lost the same worker do not come back as one. What fails while it rests does not rest
   longer for it: the threads of one resolve that meet one dead worker count as one failure.
@@ -30,7 +30,15 @@ from random import random as random_fraction
 from typing import Callable, NamedTuple, Optional, Union
 
 from ..card.checksum import Checksum
-from ..errors import FetchError, FetchTimeout, HTTPStatusError, PeerNotAllowed, VerificationError
+from ..errors import (
+    FetchError,
+    FetchTimeout,
+    HostNotFound,
+    HTTPStatusError,
+    PeerNotAllowed,
+    TLSFailed,
+    VerificationError,
+)
 from .transport import origin_of
 
 SourceError = Union[FetchError, VerificationError]  # what moves on to the next source
@@ -161,7 +169,7 @@ class FailureMemo:
 
 def concerns_origin(error: SourceError) -> bool:
     """Whether the error says something about everything that its origin has."""
-    if isinstance(error, (FetchTimeout, PeerNotAllowed)):
+    if isinstance(error, (FetchTimeout, HostNotFound, PeerNotAllowed, TLSFailed)):
         return True
     is_connection = isinstance(error, FetchError) and not isinstance(error, HTTPStatusError)
     return is_connection and error.is_transient  # type: ignore[union-attr]

@@ -34,7 +34,9 @@ from ..errors import (
     VerificationError,
     shown_url,
 )
+from . import waits
 from .cache import BlobCache
+from .counters import FETCHED, Counts
 from .failures import FailureMemo, Source, SourceError
 from .limits import ResolverLimits
 from .progress import ProgressMeter
@@ -52,6 +54,7 @@ class Surroundings:
     """What fetching works with; the same for every blob of a resolve."""
 
     cache: BlobCache
+    counts: Counts
     transports: Mapping[str, Transport]  # offline: of those that need no network
     failures: FailureMemo
     limits: ResolverLimits
@@ -141,6 +144,7 @@ class BlobFetcher:
                 usable.append(source)
             except SchemeNotAllowed as error:
                 if not self._around.offline:  # where it most likely is one that needs the network
+                    self._around.counts.attempt(type(error).__name__)
                     refused.append(Attempt(source.url, error, 0.0))
         return usable, refused
 
@@ -171,12 +175,15 @@ class BlobFetcher:
                 attempts.append(Attempt(turn.source.url, error, self._around.clock() - started))
                 self._note_failure(turn.source, error, is_final=rounds.failed(turn.source, error))
             else:
-                self._note_success(turn.source, blob)
+                self._note_success(turn.source, blob, sink.published_bytes)
                 return True
 
     def _pause(self, seconds: float) -> None:
         if seconds:
-            (self._around.sleep or self._stop.wait)(seconds)
+            if self._around.sleep is None:
+                waits.sleep(self._stop, seconds)
+            else:
+                self._around.sleep(seconds)
         if self._stop.is_set():
             raise Stopped
 
@@ -225,13 +232,16 @@ class BlobFetcher:
             transport.fetch(url, sink, max_bytes=blob.max_bytes)
             sink.publish(url)
 
-    def _note_success(self, source: Source, blob: WantedBlob) -> None:
+    def _note_success(self, source: Source, blob: WantedBlob, size: int) -> None:
         self.fetched.add(blob.checksum)
-        self._meter.done(blob, None)
+        self._meter.done(blob, size)
+        self._around.counts.attempt(FETCHED)
+        self._around.counts.add(fetched_files=1, fetched_bytes=size)
         self._around.failures.forget(source)
         logger.debug("fetched %s from %s", blob, shown_url(source.url))
 
     def _note_failure(self, source: Source, error: SourceError, *, is_final: bool) -> None:
+        self._around.counts.attempt(type(error).__name__)
         if isinstance(error, SourceDrifted):
             logger.warning("drifted: %s", error)
         elif isinstance(error, VerificationError):

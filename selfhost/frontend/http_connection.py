@@ -18,10 +18,11 @@ import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Optional, cast
 
-from ..errors import FetchError, FetchTimeout, shown
+from ..errors import FetchError, FetchTimeout, TLSFailed, shown
 from .http_dial import Origin
-from .http_tls import broken
+from .http_tls import TLS_WANTED, broken
 from .transport import Watch
+from .waits import on_socket
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 64 << 10
 _BUFFER_BYTES = 8 << 10  # what http.client reads lines from; larger pieces of a body go past this buffer
 _CODED_PER_BYTE = 8  # a body in chunks of one byte takes six
+_TLS_ALERT = "\x15\x03"  # how a TLS server answers plain HTTP, if it does
 PIECE_SECONDS = 0.25  # a piece of a body is handed over by then, however small, once the next bytes come
 
 
@@ -206,7 +208,6 @@ class _Source(io.RawIOBase):
         self._watch = watch
         self._limits = watch.limits
         self._quota = int(self._limits.min_bytes_per_second * self._limits.read_seconds)
-        self._timeout: Optional[float] = None  # the socket's, as far as set here
         self._phase = "headers"
         self._budget = MAX_HEAD_BYTES
         self._window_ends = watch.clock() + self._limits.read_seconds
@@ -266,12 +267,9 @@ class _Source(io.RawIOBase):
         now = self._watch.clock()
         if self._may_cut and self.cut(now):
             return None
-        patience = self._patience(now)
-        if patience != self._timeout:
-            self._sock.settimeout(patience)
-            self._timeout = patience
+        most = min(len(view), self._budget)
         try:
-            count = self._sock.recv_into(view, min(len(view), self._budget))
+            count = on_socket(self._sock, lambda: self._sock.recv_into(view, most), self._patience(now))
         except socket.timeout:
             raise self._too_slow() from None
         self.position += count
@@ -321,7 +319,10 @@ def _error_of(err: Exception, watch: Watch) -> FetchError:
         return watch.error("the connection was closed without an answer", is_transient=True)
     if isinstance(err, http.client.IncompleteRead):
         return watch.error("the body broke off, or its chunked coding is invalid", is_transient=True)
+    if isinstance(err, http.client.BadStatusLine) and str(err).startswith(_TLS_ALERT):
+        message = str(watch.error("expected an HTTP/1.1 answer, found TLS: the origin wants https"))
+        return TLSFailed(message, url=watch.url, problem=TLS_WANTED)
     if isinstance(err, http.client.HTTPException):
         found = f"{type(err).__name__}: {shown(str(err))}"
         return watch.error(f"expected an HTTP/1.1 answer, found something else ({found})")
-    return broken(watch, err, "the connection broke")
+    return broken(watch, err)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import NamedTuple, Union
+from typing import NamedTuple, Optional, Union
 
-from ..errors import FetchError, PeerNotAllowed, shown
+from ..card.url import Url
+from ..errors import ConnectFailed, FetchError, HostNotFound, PeerNotAllowed, shown
 from .peer_policy import Peer, PeerPolicy
 from .transport import Watch
+from .waits import connect
 
+PORTS = {"http": 80, "https": 443}
 MAX_ADDRESSES = 8  # of one host that are tried: a resolver's answer may have thousands
 
 # What is wrong with this process or machine, and says nothing about the origin.
@@ -27,6 +30,13 @@ class Origin(NamedTuple):
     host: str  # an IPv6 address without its brackets
     port: int
 
+    @classmethod
+    def of(cls, url: Optional[Url]) -> Optional[Origin]:
+        """Return the origin of a URL, None if that is no http or https URL with a host."""
+        if url is None or url.scheme not in PORTS or not url.host:
+            return None
+        return cls(url.scheme, url.host.strip("[]"), PORTS[url.scheme] if url.port is None else url.port)
+
 
 class _Failure(NamedTuple):
     """Why one address was not connected to."""
@@ -35,6 +45,7 @@ class _Failure(NamedTuple):
     why: str
     kind: str  # "refused" by the policy, "timeout" or "error"
     seconds: float = 0.0  # that were waited for an answer
+    errno: Optional[int] = None
 
 
 def dial(origin: Origin, watch: Watch, allows: PeerPolicy) -> socket.socket:
@@ -44,13 +55,16 @@ def dial(origin: Origin, watch: Watch, allows: PeerPolicy) -> socket.socket:
     addresses keep none from being tried. Nothing is sent to an address that the policy refuses. Raises
     PeerNotAllowed if it refuses them all, and FetchTimeout or FetchError if no other one answers.
     """
+    watch.observer.dialing()
     addresses = _resolve(origin, watch)[:MAX_ADDRESSES]
+    watch.observer.resolved(origin.host, [sockaddr[0] for _, sockaddr in addresses])
     failures: list[_Failure] = []
     started, spent = watch.clock(), 0.0
     for index, (family, sockaddr) in enumerate(addresses):
         share = max(0.0, watch.limits.connect_seconds - spent) / (len(addresses) - index)
         outcome = _connect(family, sockaddr, origin, watch, allows, seconds=share)
         if not isinstance(outcome, _Failure):
+            watch.observer.connected(sockaddr[0], origin.port)
             return outcome
         failures.append(outcome)
         spent = watch.clock() - started
@@ -64,7 +78,9 @@ def _resolve(origin: Origin, watch: Watch) -> list[tuple[int, tuple[str, int]]]:
         if isinstance(err, OSError) and err.errno in _OUR_OWN and not isinstance(err, socket.gaierror):
             raise _own_error(err, origin, watch) from err
         why = f"no address for host {shown(origin.host)}: {getattr(err, 'strerror', None) or err}"
-        raise watch.error(why, is_transient=getattr(err, "errno", None) == socket.EAI_AGAIN) from err
+        is_transient = getattr(err, "errno", None) == socket.EAI_AGAIN
+        message = str(watch.error(why))
+        raise HostNotFound(message, url=watch.url, host=origin.host, is_transient=is_transient) from err
     return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]  # type: ignore[misc]
 
 
@@ -83,8 +99,7 @@ def _connect(
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.settimeout(watch.allow(seconds))
-        sock.connect(sockaddr)
+        connect(sock, sockaddr, watch.allow(seconds))
         if not allows(Peer(origin.host, sock.getpeername()[0], origin.port)):
             sock.close()
             return _Failure(address, "refused by the peer policy, nothing was requested", "refused")
@@ -97,7 +112,7 @@ def _connect(
         if isinstance(err, OSError):
             if err.errno in _OUR_OWN:
                 raise _own_error(err, origin, watch) from err
-            return _Failure(address, err.strerror or str(err), "error")
+            return _Failure(address, err.strerror or str(err), "error", errno=err.errno)
         raise
     return sock
 
@@ -113,11 +128,12 @@ def _error_of(failures: list[_Failure], origin: Origin, watch: Watch) -> FetchEr
     """Return one error for all addresses: of a time-out if there was one, of the policy if that is all."""
     found = "; ".join(f"{failure.address}: {failure.why}" for failure in failures) or "it has no address"
     why = f"cannot connect to {shown(origin.host)} port {origin.port} ({found})"
+    message = str(watch.error(why))
     kinds = {failure.kind for failure in failures}
     if "timeout" in kinds:
         waited = sum(failure.seconds for failure in failures)
         return watch.timeout("connect", round(waited, 2), why)
     if kinds == {"refused"}:
-        message = str(watch.error(why))
         return PeerNotAllowed(message, url=watch.url, host=origin.host, address=failures[0].address)
-    return watch.error(why, is_transient=True)
+    code = failures[-1].errno if failures else None
+    return ConnectFailed(message, url=watch.url, host=origin.host, port=origin.port, errno=code)

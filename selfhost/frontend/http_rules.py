@@ -10,13 +10,15 @@ import re
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ..errors import FetchError, HTTPStatusError, shown, shown_url
-from .transport import Watch
+from .transport import Watch, origin_of
 
 if TYPE_CHECKING:
     from .http_connection import Answer
 
 OK = 200
 PARTIAL_CONTENT = 206
+UNAUTHORIZED = 401
+FORBIDDEN = 403
 RANGE_NOT_SATISFIABLE = 416
 # The same request may well succeed a little later.
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -96,6 +98,8 @@ def status_error(answer: Answer, watch: Watch, *, now: float) -> FetchError:
     if 300 <= status < 400 and status != 304:
         location = answer.field("Location")
         found += f" to {'nowhere' if location is None else shown_url(location)} (redirects are not followed)"
+    elif status in (UNAUTHORIZED, FORBIDDEN):
+        found += f": {_about_token(watch)}"
     elif status == PARTIAL_CONTENT:
         found += " (a part of the file, which nobody asked for)"
     return HTTPStatusError(
@@ -104,6 +108,16 @@ def status_error(answer: Answer, watch: Watch, *, now: float) -> FetchError:
         status=status,
         is_transient=status in _TRANSIENT,
         retry_after=retry_after(answer.field("Retry-After"), now=now),
+    )
+
+
+def _about_token(watch: Watch) -> str:
+    origin = shown(origin_of(watch.url))
+    if watch.has_token:
+        return f"{origin} does not accept the bearer token that is configured for it: renew that"
+    return (
+        f"no bearer token is configured for {origin}: "
+        "give one (--token-file, a line in DYN_MDC_TOKENS_FILE, tokens=)"
     )
 
 

@@ -1,4 +1,4 @@
-"""TLS on a connected socket: whom it believes, and the handshake under a deadline."""
+"""TLS on a connected socket: whom it believes, what it shows, and the handshake under a deadline."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import socket
 from typing import TYPE_CHECKING, Optional, Union
 
-from ..errors import FetchError, SettingsError, shown
+from ..errors import FetchError, SettingsError, TLSFailed, shown
+from .renewable import Renewable
 from .transport import Watch
+from .waits import on_socket
 
 if TYPE_CHECKING:
     import ssl
@@ -16,33 +18,120 @@ if TYPE_CHECKING:
 
 _Path = Union[str, "os.PathLike[str]"]
 
+# What `TLSFailed.problem` may be: of the server's certificate, of the client's, of the conversation.
+EXPIRED, NOT_YET_VALID, WRONG_HOST = "expired", "not yet valid", "wrong host"
+UNKNOWN_CA, BAD_CERTIFICATE = "unknown authority", "bad certificate"
+CLIENT_WANTED, CLIENT_REFUSED = "client certificate wanted", "client certificate refused"
+NO_TLS, TLS_WANTED = "no TLS", "TLS wanted"
+OLD_TLS, REFUSED = "no common TLS version", "handshake refused"
+BROKEN_OFF, OTHER = "broken off", "other"
+
+_VERIFY_CODES = {9: NOT_YET_VALID, 10: EXPIRED, 62: WRONG_HOST, 64: WRONG_HOST}  # X509_V_ERR_..., x509_vfy.h
+_VERIFY_CODES |= dict.fromkeys((2, 18, 19, 20, 21), UNKNOWN_CA)
+_REASONS = {  # OpenSSL's, of which releases have different ones for the same
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": CLIENT_WANTED,
+    "SSLV3_ALERT_BAD_CERTIFICATE": CLIENT_REFUSED,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": CLIENT_REFUSED,
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": CLIENT_REFUSED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": CLIENT_REFUSED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": CLIENT_REFUSED,
+    "TLSV1_ALERT_UNKNOWN_CA": CLIENT_REFUSED,
+    "TLSV1_ALERT_ACCESS_DENIED": CLIENT_REFUSED,
+    "TLSV1_ALERT_DECRYPT_ERROR": CLIENT_REFUSED,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": REFUSED,
+    "WRONG_VERSION_NUMBER": NO_TLS,
+    "PACKET_LENGTH_TOO_LONG": NO_TLS,
+    "RECORD_LAYER_FAILURE": NO_TLS,
+    "HTTP_REQUEST": NO_TLS,
+    "UNSUPPORTED_PROTOCOL": OLD_TLS,
+    "TLSV1_ALERT_PROTOCOL_VERSION": OLD_TLS,
+}
+
 
 def secure(sock: socket.socket, origin: Origin, watch: Watch, context: ssl.SSLContext) -> ssl.SSLSocket:
     """Shake hands on a connected socket; closes it and raises FetchTimeout or FetchError if that fails."""
     seconds = watch.limits.connect_seconds
     try:
-        sock.settimeout(watch.allow(seconds))  # a deadline of the whole handshake, not of each of its reads
-        return context.wrap_socket(sock, server_hostname=origin.host.rstrip("."))
+        name = origin.host.rstrip(".")
+        secured = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+        sock = secured  # the one that was wrapped has no descriptor any more
+        on_socket(secured, secured.do_handshake, watch.allow(seconds))
+        return secured
     except BaseException as err:
         sock.close()
         if isinstance(err, socket.timeout):
             raise watch.timeout("tls", seconds, "no TLS handshake") from None
         if isinstance(err, (OSError, ValueError)):  # ValueError: a host that no certificate can bear
-            raise broken(watch, err, "the TLS handshake failed") from err
+            raise _tls_failed(watch, err, "the TLS handshake failed") from err
         raise
 
 
-def broken(watch: Watch, err: Exception, what: str) -> FetchError:
-    """Return the FetchError for an error of a socket; worth another try unless TLS itself was refused."""
+def broken(watch: Watch, err: Exception) -> FetchError:
+    """Return the error for a connection that broke; worth another try unless TLS itself was refused."""
+    import ssl
+
+    what = "the connection broke"
+    if isinstance(err, ssl.SSLError) and not _is_cut(err):
+        return _tls_failed(watch, err, what)
+    return watch.error(f"{what}: {_text(err)}", is_transient=isinstance(err, OSError))
+
+
+def _tls_failed(watch: Watch, err: Exception, what: str) -> TLSFailed:
+    problem, why = _problem_of(err)
+    message = str(watch.error(f"{what}: {why}"))
+    return TLSFailed(message, url=watch.url, problem=problem, is_transient=problem == BROKEN_OFF)
+
+
+def _problem_of(err: Exception) -> tuple[str, str]:
+    """Return what is wrong, as one of the words above and as a text."""
     import ssl
 
     if isinstance(err, ssl.SSLCertVerificationError):
-        why = f"the server's certificate is not accepted: {err.verify_message or err.reason}"
-        return watch.error(f"{what}: {why}")
-    if isinstance(err, ssl.SSLError) and not isinstance(err, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return watch.error(f"{what}: {err.reason or err}")
-    why = (err.strerror if isinstance(err, OSError) else None) or str(err)
-    return watch.error(f"{what}: {why}", is_transient=isinstance(err, OSError))
+        problem = _VERIFY_CODES.get(err.verify_code, BAD_CERTIFICATE)
+        return problem, f"the server's certificate is not accepted: {err.verify_message or err.reason}"
+    if isinstance(err, ssl.SSLError) and not _is_cut(err):
+        problem = _REASONS.get(err.reason or "", OTHER)
+        return problem, f"{err.reason or err}" + ("" if problem == OTHER else f" ({problem})")
+    return BROKEN_OFF if isinstance(err, OSError) else OTHER, _text(err)
+
+
+def _is_cut(err: ssl.SSLError) -> bool:
+    """Tell whether the connection ended, in order or not."""
+    import ssl
+
+    return isinstance(err, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+
+
+def _text(err: Exception) -> str:
+    return (err.strerror if isinstance(err, OSError) else None) or str(err)
+
+
+class ClientTls:
+    """The TLS context that is made of these files, for new connections anew when one of them has changed.
+
+    See `tls_context` for the files; without any it is that of the system's roots. Raises SettingsError for a
+    key without a certificate. Any number of threads may share one.
+    """
+
+    def __init__(
+        self,
+        ca_file: Optional[_Path] = None,
+        cert_file: Optional[_Path] = None,
+        key_file: Optional[_Path] = None,
+    ) -> None:
+        _require_certificate(cert_file, key_file)
+        files = [os.fspath(path) for path in (ca_file, cert_file, key_file) if path is not None]
+        self._files = files
+        self._context = Renewable(
+            lambda: tls_context(ca_file=ca_file, cert_file=cert_file, key_file=key_file), files
+        )
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context; SettingsError for files that cannot be used, see Renewable."""
+        return self._context.get()
+
+    def __repr__(self) -> str:
+        return f"<ClientTls {' '.join(map(repr, self._files)) or 'of the system'}>"
 
 
 def tls_context(
@@ -56,11 +145,7 @@ def tls_context(
     """
     import ssl
 
-    if key_file is not None and cert_file is None:
-        raise SettingsError(
-            f"cannot use the key {shown(os.fspath(key_file))} without a certificate: give cert_file, too",
-            variable="cert_file", value=None, accepted="a PEM file with the certificate of that key",
-        )  # fmt: skip
+    _require_certificate(cert_file, key_file)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies; ssl.create_default_context() also logs keys
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -80,6 +165,15 @@ def tls_context(
             accepted = "PEM files of a certificate and its unencrypted key"
             raise _unusable("cert_file", cert_file, accepted, err) from err
     return context
+
+
+def _require_certificate(cert_file: Optional[_Path], key_file: Optional[_Path]) -> None:
+    if key_file is not None and cert_file is None:
+        raise SettingsError(
+            f"cannot use the key {shown(os.fspath(key_file))} without a certificate: "
+            "give its certificate, too (cert_file, --cert, DYN_MDC_TLS_CERT)",
+            variable="cert_file", value=None, accepted="a PEM file with the certificate of that key",
+        )  # fmt: skip
 
 
 def _unusable(variable: str, path: Optional[_Path], accepted: str, err: Exception) -> SettingsError:

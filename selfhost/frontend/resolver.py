@@ -30,6 +30,7 @@ from ..card.checksum import Checksum
 from ..card.model_card import ModelDeploymentCard
 from ..errors import BlobMissing
 from .cache import BlobCache
+from .counters import Counts, ResolverCounters
 from .crew import Crew
 from .failures import FailureMemo
 from .fetching import BlobFetcher, Surroundings
@@ -40,7 +41,7 @@ from .sources import sources_by_digest
 from .transport import Transport
 from .wanted import WantedBlob
 
-__all__ = ["MetadataResolver", "Progress", "ResolvedModel", "ResolverLimits"]
+__all__ = ["MetadataResolver", "Progress", "ResolvedModel", "ResolverCounters", "ResolverLimits"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class MetadataResolver:
             clock=self._clock,
             random=self._random,
         )
+        self._counts = Counts()
         self._pid = os.getpid()  # last: another thread that sees it set finds the rest
 
     def resolve(
@@ -110,15 +112,17 @@ class MetadataResolver:
         `stop`, an event of this one call, ends it when it is set; a call that fails sets it itself. Raises
         RuntimeError if it was ended so, or by `close`, before or meanwhile.
         """
-        _require_card(card)
-        self._require_usable()
-        plan = self._plans.of(card)
-        local_dir = self.cache.find_model(plan.key, plan.files)
-        if local_dir is not None:
-            return plan.answer(card, local_dir)
-        stop = threading.Event() if stop is None else stop
-        with self._ended_by_close(stop):
-            return self._make(plan, [card, *replicas], progress, stop)
+        try:
+            answer = self._resolve(card, replicas, progress, stop)
+        except BaseException:
+            self._counts.add(failed=1)
+            raise
+        return answer
+
+    def counters(self) -> ResolverCounters:
+        """Return what this resolver has done so far, as it is now."""
+        self._require_own()
+        return self._counts.snapshot()
 
     def forget_failures(self) -> None:
         """Ask every source again at the next resolve, whatever failed lately."""
@@ -129,8 +133,7 @@ class MetadataResolver:
 
         Harmless when repeated.
         """
-        if self._pid != os.getpid():
-            self._begin()  # what a parent has is not this child's to end
+        self._require_own()
         with self._lock:
             self._closed = True
             running = list(self._running)
@@ -150,6 +153,26 @@ class MetadataResolver:
         return f"<MetadataResolver {state} cache={self.cache.root!r}>"
 
     # -------------------------------------------------------------- what is not in the cache
+
+    def _resolve(
+        self,
+        card: ModelDeploymentCard,
+        replicas: Iterable[ModelDeploymentCard],
+        progress: Optional[ProgressCallback],
+        stop: Optional[threading.Event],
+    ) -> ResolvedModel:
+        self._require_usable()
+        _require_card(card)
+        plan = self._plans.of(card)
+        local_dir = self.cache.find_model(plan.key, plan.files)
+        if local_dir is not None:
+            self._counts.add(resolved=1, cache_hits=len(plan.blobs))
+            return plan.answer(card, local_dir)
+        stop = threading.Event() if stop is None else stop
+        with self._ended_by_close(stop):
+            made = self._make(plan, [card, *replicas], progress, stop)
+        self._counts.add(resolved=1)
+        return made
 
     def _make(
         self,
@@ -186,6 +209,7 @@ class MetadataResolver:
     ) -> set[Checksum]:
         """Bring the missing blobs into the cache; return the digests of those that came from a source."""
         missing = [blob for blob in plan.blobs if self.cache.find(blob.checksum) is None]
+        self._counts.add(cache_misses=len(missing), cache_hits=len(plan.blobs) - len(missing))
         if not missing:
             return set()
         sources = sources_by_digest(cards, {blob.checksum for blob in missing})
@@ -203,6 +227,7 @@ class MetadataResolver:
     def _surroundings(self) -> Surroundings:
         return Surroundings(
             cache=self.cache,
+            counts=self._counts,
             transports=self._transports(),
             failures=self._failures,
             limits=self.limits,
@@ -236,10 +261,13 @@ class MetadataResolver:
     # -------------------------------------------------------------- its life
 
     def _require_usable(self) -> None:
+        self._require_own()
         if self._closed:
             raise _closed()
+
+    def _require_own(self) -> None:
         if self._pid != os.getpid():
-            self._begin()
+            self._begin()  # what a parent has is not this child's
 
     @contextlib.contextmanager
     def _ended_by_close(self, stop: threading.Event) -> Iterator[None]:

@@ -50,8 +50,12 @@ def _temporary(reason: str, fsync: bool) -> Root:
     if "root" not in _private:
         import tempfile
 
-        with attempt("make a temporary cache root in", "the folder for temporary files"):
+        try:
             path = tempfile.mkdtemp(prefix="selfhost-mdc-")  # mode 0700
+        except OSError as err:
+            message = f"the usual cache cannot be used: {reason}; nor can a temporary one be made: {err}"
+            hint = "set DYN_MDC_CACHE to a folder that can be written"
+            raise CacheError(f"{message}; {hint}", path=err.filename or "", errno=err.errno) from err
         if _private.setdefault("root", path) != path:  # another thread was faster
             os.rmdir(path)
         else:

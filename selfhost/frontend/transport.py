@@ -8,13 +8,18 @@ may be used by any number of threads at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Callable, Optional, Protocol, Union
+from typing import TYPE_CHECKING, Callable, Optional, Protocol, Union
 
 from ..card import url as urls
 from ..card.checksum import MAX_FILE_BYTES
 from ..errors import FetchError, FetchTimeout, SchemeNotAllowed, shown, shown_url, without_userinfo
+
+if TYPE_CHECKING:
+    import ssl
+
+    from .http_connection import Answer
 
 Bytes = Union[bytes, bytearray, memoryview]
 
@@ -82,17 +87,50 @@ class FetchLimits:
         return min(self.max_unsized_bytes if size is None else size, self.max_bytes)
 
 
+class FetchObserver:
+    """Is told of each step of a fetch that worked, by the thread that fetches; this one does not care.
+
+    A kept connection is neither resolved nor connected nor secured once more.
+    """
+
+    def dialing(self) -> None:
+        """Be told that a connection is about to be made."""
+
+    def resolved(self, host: str, addresses: Sequence[str]) -> None:
+        """Be told which addresses a host has."""
+
+    def connected(self, address: str, port: int) -> None:
+        """Be told which of them took the connection."""
+
+    def secured(self, sock: ssl.SSLSocket) -> None:
+        """Be told of a TLS connection."""
+
+    def answered(self, answer: Answer) -> None:
+        """Be told of the header of an answer, whatever its status."""
+
+
+NOBODY = FetchObserver()
+
+
 class Watch:
     """How long each step of one fetch may still take, and the errors that its steps end with.
 
     For one thread; `url` and `shown_url` are what may stand in an attribute and in a message.
     """
 
-    def __init__(self, url: str, limits: FetchLimits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        url: str,
+        limits: FetchLimits,
+        clock: Callable[[], float],
+        observer: FetchObserver = NOBODY,
+    ) -> None:
         self.url = without_userinfo(url)
         self.shown_url = shown_url(url)
         self.limits = limits
         self.clock = clock
+        self.observer = observer
+        self.has_token = False  # whether one is sent along
         self._ends = clock() + limits.total_seconds
 
     def allow(self, seconds: float) -> float:

@@ -1,9 +1,10 @@
 """HttpTransport: files by http and https, from whatever server holds them.
 
-One GET per file. Redirects are not followed, no cookie, proxy or credential is ever used, nothing is decoded:
-the bytes are the file, or the fetch fails. A transfer that broke is continued where the sink already holds
-bytes of a file with the same strong entity tag (Range, If-Range); any doubt about the continuation and the
-file is asked for from its first byte. Whoever owns the sink checks the hash in the end.
+One GET per file. Redirects are not followed, no cookie or proxy is ever used, no credential but the token and
+the certificate that are configured; nothing is decoded: the bytes are the file, or the fetch fails. What was
+cut is continued where the sink already holds bytes of a file with the same strong entity tag (Range,
+If-Range); any doubt about the continuation and the file is asked for from its first byte. Whoever owns the
+sink checks the hash in the end.
 
 Any number of threads may use one transport. Connections are kept and shared between them; forked children
 make their own.
@@ -14,28 +15,28 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Union
 
 from ..card import url as urls
 from ..errors import SizeLimitExceeded, shown
 from . import http_rules as rules
 from .http_dial import Origin, dial
 from .http_pool import Pool
-from .http_tls import secure, tls_context
+from .http_tls import ClientTls, secure, tls_context
 from .peer_policy import PeerPolicy, not_link_local
-from .transport import FetchLimits, Sink, Watch
+from .tokens import Tokens
+from .transport import NOBODY, FetchLimits, FetchObserver, Sink, Watch
 
 if TYPE_CHECKING:
     import ssl
 
     from .http_connection import Answer, Connection
 
-__all__ = ["HttpTransport", "tls_context"]
+__all__ = ["ClientTls", "HttpTransport", "Tokens", "tls_context"]
 
 _LIMITS = FetchLimits()
 
-_PORTS = {"http": 80, "https": 443}
 _BUFFER_BYTES = 1 << 20  # measured: a quarter takes an eighth longer, twice as much no longer fits the cache
 _MAX_SPARE_BUFFERS = 4  # kept between fetches, so that not each of them waits for the pages of a new one
 _UNSENDABLE = re.compile("[\x00-\x20\x7f]")  # in a request line; a URL has them encoded
@@ -45,8 +46,9 @@ _FIELD_VALUE = re.compile("[\x21-\x7e]+(?: [\x21-\x7e]+)*")
 class HttpTransport:
     """Fetches `http:` and `https:` URLs; see the module's docstring for rules and sharing.
 
-    `tls` is the context for https, by default `tls_context()`, made for the first such URL. `clock` is
-    monotonic; `wall_clock` is what the dates in Retry-After are compared with.
+    `tls` is the context for https, or the files to make it of (ClientTls, by default the system's roots), for
+    which `ssl` is loaded at the first such URL. `tokens` are bearer tokens by origin (`https://host[:port]`).
+    `clock` is monotonic; `wall_clock` is what the dates in Retry-After are compared with.
     """
 
     may_drift = False
@@ -56,14 +58,18 @@ class HttpTransport:
         *,
         limits: FetchLimits = _LIMITS,
         peer_policy: PeerPolicy = not_link_local,
-        tls: Optional[ssl.SSLContext] = None,
+        tls: Union[ssl.SSLContext, ClientTls, None] = None,
+        tokens: Union[Mapping[str, str], Tokens, None] = None,
+        observer: FetchObserver = NOBODY,
         user_agent: Optional[str] = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits = limits
         self._allows = peer_policy
-        self._tls = tls
+        self._tls = ClientTls() if tls is None else tls
+        self._tokens = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+        self._observer = observer
         self._user_agent = _field_value(user_agent or _default_user_agent())
         self._clock = clock
         self._wall_clock = wall_clock
@@ -74,10 +80,10 @@ class HttpTransport:
 
     def fetch(self, url: str, sink: Sink, *, max_bytes: int) -> None:
         """Bring the file behind `url` into the sink; see Transport.fetch for what is raised."""
-        watch = Watch(url, self.limits, self._clock)
+        watch = Watch(url, self.limits, self._clock, self._observer)
         request = _Request.parse(url, watch, self._user_agent)
         if not self._continue(request, sink, max_bytes, watch):
-            with self._answer(request.origin, request.head(), watch) as answer:
+            with self._answer(request, watch) as answer:
                 self._take_whole(answer, sink, max_bytes, watch)
 
     def _continue(self, request: _Request, sink: Sink, max_bytes: int, watch: Watch) -> bool:
@@ -85,7 +91,7 @@ class HttpTransport:
         received, validator = sink.received, sink.validator
         if validator is None or not rules.is_strong(validator) or not 0 < received < max_bytes:
             return False
-        with self._answer(request.origin, request.head(received, validator), watch) as answer:
+        with self._answer(request.after(received, validator), watch) as answer:
             found = rules.continuation(answer, received, validator)
             if found is not None:
                 rules.content_length(answer, watch)
@@ -120,9 +126,12 @@ class HttpTransport:
     # -------------------------------------------------------------- whom to ask
 
     @contextlib.contextmanager
-    def _answer(self, origin: Origin, request: bytes, watch: Watch) -> Iterator[Answer]:
+    def _answer(self, request: _Request, watch: Watch) -> Iterator[Answer]:
         """Send a request and yield the answer; keep the connection if the answer was read to its end."""
-        connection, answer = self._ask(origin, request, watch)
+        token = self._tokens.of(request.origin)
+        watch.has_token = token is not None
+        connection, answer = self._ask(request.origin, request.head(token), watch)
+        watch.observer.answered(answer)
         is_reusable = False
         try:
             yield answer
@@ -148,11 +157,11 @@ class HttpTransport:
     def _connect(self, origin: Origin, watch: Watch) -> Connection:
         from .http_connection import Connection  # and with it http.client, for the first fetch
 
-        sock = dial(origin, watch, self._allows)
-        if origin.scheme == "https":
-            if self._tls is None:
-                self._tls = tls_context()  # two threads may make one each; the last stays
-            sock = secure(sock, origin, watch, self._tls)
+        if origin.scheme == "http":
+            return Connection(origin, dial(origin, watch, self._allows))
+        context = self._tls.context() if isinstance(self._tls, ClientTls) else self._tls
+        sock = secure(dial(origin, watch, self._allows), origin, watch, context)
+        watch.observer.secured(sock)
         return Connection(origin, sock)
 
     @contextlib.contextmanager
@@ -216,7 +225,7 @@ class _Request(NamedTuple):
     """A GET of one URL."""
 
     origin: Origin
-    start: str  # request line and fields that are always there
+    fields: str  # with the request line
 
     @classmethod
     def parse(cls, url: str, watch: Watch, user_agent: str) -> _Request:
@@ -225,25 +234,29 @@ class _Request(NamedTuple):
         if unsendable is not None:
             raise watch.error(f"the URL contains {unsendable.group()!r}")
         parsed = urls.parse(url)
-        if parsed is None or parsed.scheme not in _PORTS or not parsed.host:
+        origin = Origin.of(parsed)
+        if parsed is None or origin is None:
             raise watch.error("expected an http or https URL with a host (addresses without a zone)")
         if parsed.userinfo:
             raise watch.error("the URL has a user name or password, which would not be sent: leave it out")
-        port = _PORTS[parsed.scheme] if parsed.port is None else parsed.port
         target = parsed.path if parsed.query is None else f"{parsed.path}?{parsed.query}"
-        start = (
+        fields = (
             f"GET {target} HTTP/1.1\r\n"
             f"Host: {parsed.host if parsed.port is None else f'{parsed.host}:{parsed.port}'}\r\n"
             "Accept: */*\r\n"
             "Accept-Encoding: identity\r\n"
             f"User-Agent: {user_agent}\r\n"
         )
-        return cls(Origin(parsed.scheme, parsed.host.strip("[]"), port), start)
+        return cls(origin, fields)
 
-    def head(self, received: int = 0, validator: str = "") -> bytes:
-        """Return the request for all bytes, or for those after the first ones if it is still that file."""
-        condition = f"Range: bytes={received}-\r\nIf-Range: {validator}\r\n" if received else ""
-        return f"{self.start}{condition}\r\n".encode("latin-1")
+    def after(self, received: int, validator: str) -> _Request:
+        """Return the request for the bytes after the first ones, if it is still that file."""
+        return self._replace(fields=f"{self.fields}Range: bytes={received}-\r\nIf-Range: {validator}\r\n")
+
+    def head(self, token: Optional[str]) -> bytes:
+        """Return what is sent; the token is kept nowhere else."""
+        authorization = "" if token is None else f"Authorization: Bearer {token}\r\n"
+        return f"{self.fields}{authorization}\r\n".encode("latin-1")
 
 
 def _default_user_agent() -> str:

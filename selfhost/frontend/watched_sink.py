@@ -23,6 +23,11 @@ class Stopped(Exception):
     """The resolve is ending: something else of it failed, or somebody ended it."""
 
 
+def looks_like_html(data: Bytes) -> bool:
+    """Tell whether these first bytes of a file are those of somebody's page."""
+    return bytes(data[:32]).lstrip().lower().startswith(_HTML)
+
+
 class WatchedSink:
     """A Sink that writes to a BlobWriter; of one file, for one transfer after the other."""
 
@@ -38,7 +43,7 @@ class WatchedSink:
     ) -> None:
         self.is_continued = False  # whether the bytes are of more than one transfer
         self.looks_like_html = False
-        self.publish = writer.publish
+        self.published_bytes = 0  # how many bytes the file has, once it is published
         self._writer = writer
         self._blob = blob
         self._meter = meter
@@ -71,11 +76,17 @@ class WatchedSink:
         if self._stop.is_set():
             raise Stopped
         if not self._writer.received:
-            self.looks_like_html = bytes(data[:32]).lstrip().lower().startswith(_HTML)
+            self.looks_like_html = looks_like_html(data)
         self._writer.write(data)
         self._meter.report(self._blob, self._writer.received)
         if self._pace is not None and self._writer.received != self._blob.size:  # what is whole is not late
             self._pace.check(len(data))
+
+    def publish(self, source: str) -> None:
+        """Let the file appear in the cache; raises what BlobWriter.publish does."""
+        size = self._writer.received
+        self._writer.publish(source)
+        self.published_bytes = size
 
     def restart(self) -> None:
         """Forget all bytes and the validator."""

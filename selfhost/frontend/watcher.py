@@ -24,6 +24,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from typing import Callable, Optional, Union
 
 from ..card.model_card import ModelDeploymentCard
@@ -34,6 +35,7 @@ from .model_groups import GroupKey, ModelGroups
 from .model_status import ModelState, ModelStatus, News
 from .model_tasks import NEVER, ModelTask, most_urgent
 from .resolver import MetadataResolver, ResolvedModel
+from .waits import SHORT_SECONDS
 
 __all__ = ["ModelState", "ModelStatus", "ModelWatcher"]
 
@@ -130,6 +132,11 @@ class ModelWatcher:
             unreadable = [self._unreadable_status(key) for key in self._unreadable]
             return (*(self._status(task) for task in self._all_tasks()), *unreadable)
 
+    def counts(self) -> dict[ModelState, int]:
+        """Return how many models are in each state; there is none that is gone."""
+        found = Counter(status.state for status in self.models())
+        return {state: found[state] for state in ModelState if state is not ModelState.GONE}
+
     def wait_ready(self, name: str, seconds: float) -> ResolvedModel:
         """Return the model of that name once it is ready; TimeoutError, saying what is the matter."""
         deadline = time.monotonic() + seconds
@@ -145,7 +152,7 @@ class ModelWatcher:
                     raise TimeoutError(
                         f"{name!r} is not ready after {seconds:g} s: {why or 'nobody publishes it'}"
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, SHORT_SECONDS))
 
     def _all_tasks(self) -> list[ModelTask]:
         return [task for tasks in self._tasks.values() for task in tasks.values()]

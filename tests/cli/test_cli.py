@@ -82,6 +82,10 @@ def test_demo_fails_when_bytes_differ(
         (["serve", "."], {"DYN_SYSTEM_PORT": "http"}, "DYN_SYSTEM_PORT='http'"),
         (["fetch", "missing"], {}, "'missing': No such file or directory"),
         (["verify", "missing", "."], {}, "'missing': No such file or directory"),
+        (["doctor", "missing"], {}, "'missing': No such file or directory"),
+        (["doctor", "/dev/null"], {"DYN_MDC_TLS_KEY": "k.pem"}, "'k.pem' without a certificate"),
+        (["doctor", "/dev/null", "--token-file", "t"], {}, "--token-file is for the origin of a URL"),
+        (["doctor", "http://127.0.0.1:1/", "--token-file", "t"], {}, "'t' for tokens"),
         (["fetch", "/dev/null", "--key", "k.pem"], {}, "'k.pem' without a certificate"),
         (["fetch", "/dev/null", "--ca", "no.pem"], {}, "'no.pem'"),
         (["cache", "ls"], {"DYN_MDC_CACHE": "", "HOME": ""}, "set --cache DIR, DYN_MDC_CACHE or HOME"),
@@ -181,6 +185,10 @@ def test_log_messages_are_printable() -> None:
         ["fetch", "c", "--allow", "http://h/"],
         ["fetch", "c", "--allow", "10.0.0.0/33"],
         ["verify", "c"],
+        ["doctor"],
+        ["doctor", "c", "--allow", "http://h/"],
+        ["doctor", "c", "--token-file", ""],
+        ["doctor", "http://h/", "--token", "s3cret"],
         ["cache"],
         ["cache", "rm"],
         ["cache", "gc", "--max-bytes", "much"],
@@ -198,7 +206,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: selfhost" in capsys.readouterr().err
 
 
-COMMANDS = ["demo", "serve", "card", "fetch", "verify"]
+COMMANDS = ["demo", "serve", "card", "fetch", "verify", "doctor"]
 COMMANDS += [f"cache {name}" for name in ("ls", "stats", "gc", "verify", "import")]
 
 

@@ -370,7 +370,7 @@ def test_endless_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, behaviour: str
 ) -> None:
     """A card from a URL may have so many bytes, and no more are taken."""
-    monkeypatch.setattr("selfhost.cli.cards.MAX_CARD_BYTES", 1 << 20)
+    monkeypatch.setattr("selfhost.frontend.card_source.MAX_CARD_BYTES", 1 << 20)
     with helpers.nothing_left(), helpers.RudeOrigin({"card": b"{}"}, behaviour) as origin:
         assert cli.main(["fetch", f"{origin.url}/card", "--cache", str(tmp_path / "c")]) == 1
     assert "bytes" in capsys.readouterr().err
@@ -378,7 +378,7 @@ def test_endless_card(
 
 def test_large_card_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A file is read up to the same limit: /dev/zero ends, too."""
-    monkeypatch.setattr("selfhost.cli.cards.MAX_CARD_BYTES", 1 << 20)
+    monkeypatch.setattr("selfhost.frontend.card_source.MAX_CARD_BYTES", 1 << 20)
 
     assert cli.main(["fetch", "/dev/zero"]) == 1
     assert "'/dev/zero' is no card: it has more than 1048576 bytes" in capsys.readouterr().err
@@ -473,7 +473,8 @@ def test_help_loads_next_to_nothing(start: Any, command: list[str]) -> None:
     assert loaded & {"ssl", "http.client", "socket", "blake3", "werkzeug", "ipaddress", "json"} == set()
     assert {name for name in loaded if name.startswith("selfhost.")} == {
         "selfhost.cli", "selfhost.cli.cache", "selfhost.cli.cache_options", "selfhost.cli.cards",
-        "selfhost.cli.fetch", "selfhost.cli.progress", "selfhost.cli.serve", "selfhost.cli.support",
+        "selfhost.cli.doctor", "selfhost.cli.fetch", "selfhost.cli.progress", "selfhost.cli.serve",
+        "selfhost.cli.support",
         "selfhost.errors", "selfhost.settings", "selfhost._lazy",
     }  # fmt: skip
 

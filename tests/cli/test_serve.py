@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 
 from selfhost import CheckedFile, Checksum, ModelDeploymentCard, cli
 from selfhost.cli.serve import serve_settings
+from selfhost.settings import Settings
 from selfhost.worker.self_check import fetch
 
 Start = Callable[..., Any]
@@ -80,7 +81,7 @@ def test_card_survives_a_reader_that_leaves(start: Start, model_dir: Path, close
 def test_serve_until_signal(start: Start, model_dir: Path, store: Path, number: signal.Signals) -> None:
     """It serves what it prints, and a signal ends it with 0, the records withdrawn and the port closed."""
     serve = start("serve", model_dir, "--name", "a/b", "--port", 0)
-    heading, *rows, fetch_it, last = serve.lines_until("Serving ")
+    heading, *rows, see_it, fetch_it, last = serve.lines_until("Serving ")
     files = [row.split() for row in rows]
     for size, checksum, url in files:
         status, data = fetch(url, int(size) + 1, TIMEOUT)
@@ -90,6 +91,7 @@ def test_serve_until_signal(start: Start, model_dir: Path, store: Path, number: 
     assert len({row.index("http://127.0.0.1:") for row in rows}) == 1
     assert files[0][2].endswith("/v1/metadata/a_b/_base/config.json")
     assert fetch_it == "Fetch it: selfhost fetch " + files[0][2].rpartition("/")[0]
+    assert see_it == "See it all: " + files[0][2].rpartition("/a_b/")[0]
     assert f"DYN_FILE_KV={store} " in last
     assert len(records(store)) == 2
 
@@ -216,14 +218,121 @@ def test_serve_address(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], flags: list[str], expected: tuple[str, int]
 ) -> None:
     """Unless told otherwise it listens on one fixed port of loopback, and it always self-hosts."""
+    settings = settings_of(monkeypatch, variables, flags)
+
+    assert (settings.system_host, settings.system_port) == expected
+    assert settings.self_host_metadata
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], flags: list[str]) -> Settings:
+    """Return what `serve` makes of an environment and flags."""
     for variable in [name for name in os.environ if name.startswith("DYN_")]:
         monkeypatch.delenv(variable)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    settings = serve_settings(cli.make_parser().parse_args(["serve", "x", *flags]))
+    return serve_settings(cli.make_parser().parse_args(["serve", "x", *flags]))
 
-    assert (settings.system_host, settings.system_port) == expected
-    assert settings.self_host_metadata
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "is_on"),
+    [
+        (None, [], True),
+        ("", [], True),
+        ("0", [], False),
+        ("1", ["--no-index"], False),
+        ("0", ["--index"], True),
+        (None, ["--no-index"], False),
+    ],
+)
+def test_serve_lists_unless_told_not_to(
+    monkeypatch: pytest.MonkeyPatch, variable: Optional[str], flags: list[str], is_on: bool
+) -> None:
+    """Here the index is on where neither flag nor variable says no; elsewhere it is off."""
+    variables = {} if variable is None else {"DYN_SYSTEM_METADATA_INDEX": variable}
+
+    assert settings_of(monkeypatch, variables, flags).metadata_index is is_on
+    assert not Settings.from_env({}).metadata_index
+
+
+@pytest.mark.parametrize(
+    ("field", "variable", "flag"),
+    [
+        ("isolation", "DYN_SYSTEM_ISOLATION", "--isolation"),
+        ("tls_cert", "DYN_SYSTEM_TLS_CERT", "--tls-cert"),
+        ("tls_key", "DYN_SYSTEM_TLS_KEY", "--tls-key"),
+        ("tls_client_ca", "DYN_SYSTEM_TLS_CLIENT_CA", "--tls-client-ca"),
+        ("token_file", "DYN_SYSTEM_TOKEN_FILE", "--token-file"),
+    ],
+)
+def test_serve_takes_each_from_flag_else_variable(
+    monkeypatch: pytest.MonkeyPatch, field: str, variable: str, flag: str
+) -> None:
+    """A flag wins over its variable, the variable over nothing at all."""
+    found = [
+        getattr(settings_of(monkeypatch, variables, flags), field)
+        for variables, flags in (
+            ({}, []),
+            ({variable: "process"}, []),
+            ({variable: "process"}, [flag, "thread"]),
+        )
+    ]
+
+    assert found == [getattr(Settings(), field), "process", "thread"]
+
+
+def test_token_file_flag_wins_over_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment's token is not a second one beside the file of the flag."""
+    variables = {"DYN_SYSTEM_TOKEN": "0123456789abcdef", "DYN_SYSTEM_TOKEN_FILE": "a"}
+    settings = settings_of(monkeypatch, variables, ["--token-file", "b"])
+
+    assert (settings.token, settings.token_file) == (None, "b")
+
+
+def test_no_flag_takes_a_token(run: Any, model_dir: Path) -> None:
+    """What is in a command line, everybody on the machine can read."""
+    assert run("serve", model_dir, "--token", "0123456789abcdef").returncode == 2
+
+
+def test_serve_with_index(start: Start, model_dir: Path) -> None:
+    """The address that it prints lists the model; without an index none is printed and none is there."""
+    lines = start("serve", model_dir, "--port", 0).lines_until("Serving ")
+    (address,) = [line.split()[-1] for line in lines if line.startswith("See it all: ")]
+    (model,) = json.loads(fetch(address, 1 << 20, TIMEOUT)[1])["models"]
+    assert model["name"] == "my-model"
+    lines = start("serve", model_dir, "--port", 0, "--no-index").lines_until("Serving ")
+
+    assert not [line for line in lines if line.startswith("See it all")]
+    assert fetch(lines[1].split()[-1].partition("/my-model")[0], 100, TIMEOUT)[0] == 404
+
+
+def test_serve_with_token(start: Start, model_dir: Path, tmp_path: Path) -> None:
+    """Nobody is served without the token, and it says what clients need; it never says the token."""
+    (tmp_path / "token").write_text("rosebud-0123456789\n")
+    serve = start("serve", model_dir, "--port", 0, "--token-file", tmp_path / "token")
+    lines = serve.lines_until("Serving ")
+    url = lines[1].split()[-1]
+
+    assert fetch(url, 100, TIMEOUT)[0] == 401
+    assert fetch(url, 1 << 20, TIMEOUT, token="rosebud-0123456789")[0] == 200
+    assert "Whoever fetches needs the bearer token (DYN_MDC_TOKENS_FILE)" in lines
+    code, errors = serve.end(signal.SIGTERM)
+    assert (code, errors) == (0, "")
+    assert "rosebud" not in "".join(lines)
+
+
+def test_serve_refuses_half_a_configuration(run: Any, model_dir: Path, store: Path, tmp_path: Path) -> None:
+    """A key without a certificate and a token file that is empty each end it with one line."""
+    (tmp_path / "empty").touch()
+    for flags, said in (
+        (["--tls-key", "k.pem"], "DYN_SYSTEM_TLS"),
+        (["--token-file", tmp_path / "empty"], "empty"),
+    ):
+        result = run("serve", model_dir, "--port", 0, *flags)
+
+        assert result.returncode == 1
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert records(store) == []
 
 
 def test_serve_with_port_taken(run: Any, model_dir: Path, store: Path) -> None:

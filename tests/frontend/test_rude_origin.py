@@ -22,6 +22,7 @@ from helpers import MemorySink, RudeOrigin, make_card
 import selfhost
 from selfhost.card.checksum import hash_file
 from selfhost.errors import (
+    ConnectFailed,
     FetchError,
     FetchTimeout,
     HTTPStatusError,
@@ -143,7 +144,7 @@ EXPECTED: dict[str, Optional[Fails]] = {
     "http_9_status_line": NONSENSE,
     "tls_on_a_plain_port": SILENT,
     # connections that end
-    "refuses": BROKEN,
+    "refuses": Fails(ConnectFailed, {"is_transient": True}),
     "closes_on_accept": BROKEN,
     "empty_reply": BROKEN,
     "reset_before_answer": BROKEN,

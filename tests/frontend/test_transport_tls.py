@@ -24,9 +24,24 @@ import wire
 from helpers import MemorySink
 
 import selfhost
-from selfhost.errors import FetchError, FetchTimeout, SettingsError
+from selfhost.errors import FetchError, FetchTimeout, SettingsError, TLSFailed
+from selfhost.frontend.http_tls import (
+    BROKEN_OFF,
+    CLIENT_REFUSED,
+    CLIENT_WANTED,
+    EXPIRED,
+    NO_TLS,
+    NOT_YET_VALID,
+    OLD_TLS,
+    REFUSED,
+    TLS_WANTED,
+    UNKNOWN_CA,
+    WRONG_HOST,
+    ClientTls,
+)
 from selfhost.frontend.transport import FetchLimits
 from selfhost.frontend.transport_http import HttpTransport, tls_context
+from selfhost.frontend.transports import default_transports
 
 BODY = b"over TLS"
 QUICK = FetchLimits(connect_seconds=0.5, read_seconds=0.5)
@@ -241,6 +256,168 @@ def test_name_with_a_final_dot(
 
         assert fetch(url, tls_context(ca_file=ca_file)) == BODY
     assert names == ["worker.test"]
+
+
+# ------------------------------------------------------------------ what is wrong, in a word
+
+
+def test_problems_of_certificates(serve: Serve, authority: trustme.CA, ca_file: Path) -> None:
+    """What is wrong with the server's certificate is told as a word, too."""
+    now, days = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=2)
+    past = {"not_before": now - 2 * days, "not_after": now - days}
+    coming = {"not_before": now + days, "not_after": now + 2 * days}
+    found = {
+        problem_with(serve(authority, "127.0.0.1", **past), ca_file): EXPIRED,
+        problem_with(serve(authority, "127.0.0.1", **coming), ca_file): NOT_YET_VALID,
+        problem_with(serve(authority, "127.0.0.2"), ca_file): WRONG_HOST,
+        problem_with(serve(trustme.CA(), "127.0.0.1"), ca_file): UNKNOWN_CA,
+    }
+
+    assert all(problem == expected for problem, expected in found.items())
+    assert len(found) == 4
+
+
+def test_problems_of_client_certificates(authority: trustme.CA, ca_file: Path, tmp_path: Path) -> None:
+    """A certificate that is missing, or of an authority that the server does not trust, is told apart."""
+    trustme.CA().issue_cert("frontend.test").private_key_and_cert_chain_pem.write_to_path(tmp_path / "other")
+    for newest, missing in (("TLSv1_3", CLIENT_WANTED), ("TLSv1_2", REFUSED)):
+        server_tls = server_context(authority, "127.0.0.1")
+        server_tls.maximum_version = ssl.TLSVersion[newest]
+        server_tls.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(server_tls)
+        with wire.WireServer(wire.ok(BODY), tls=server_tls) as server:
+            assert problem_with(server, ca_file) in (missing, "reset")
+            assert problem_with(server, ca_file, tmp_path / "other") in (CLIENT_REFUSED, "reset")
+            assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("greeting", "problem"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", NO_TLS),
+        (b"220 mail.test ESMTP\r\n", NO_TLS),
+        (b"\x15\x03\x01\x00\x02\x02\x46", OLD_TLS),
+        (b"\x15\x03\x01\x00\x02\x02\x28", REFUSED),
+        (b"", BROKEN_OFF),
+    ],
+)
+def test_problems_of_the_other_side(
+    leaves_nothing: None, ca_file: Path, greeting: bytes, problem: str
+) -> None:
+    """Who speaks plain HTTP, refuses to talk or hangs up is told as such."""
+    with peer_that_says(greeting) as port, pytest.raises(TLSFailed) as caught:
+        fetch(f"https://127.0.0.1:{port}/f", tls_context(ca_file=ca_file))
+
+    assert caught.value.problem == problem
+    assert caught.value.is_transient == (problem == BROKEN_OFF)
+
+
+def test_plain_http_to_a_tls_server(leaves_nothing: None) -> None:
+    """Who speaks TLS where plain HTTP was meant says so by an alert."""
+    with peer_that_says(b"\x15\x03\x01\x00\x02\x02\x46") as port, pytest.raises(TLSFailed) as caught:
+        fetch(f"http://127.0.0.1:{port}/f", tls_context())
+
+    assert caught.value.problem == TLS_WANTED
+
+
+@contextlib.contextmanager
+def peer_that_says(greeting: bytes) -> Iterator[int]:
+    """Answer whatever one client says first, and hang up; give the port."""
+
+    def greet() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(1 << 16)  # all that there is, so that hanging up is no reset
+            sock.sendall(greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join()
+
+
+def problem_with(server: wire.WireServer, ca_file: Path, cert_file: Optional[Path] = None) -> str:
+    """Fetch, which must fail; return the word for why, "reset" where the reason was lost on the way."""
+    with pytest.raises(FetchError) as caught:
+        fetch(server.url, tls_context(ca_file=ca_file, cert_file=cert_file))
+    if isinstance(caught.value, TLSFailed):
+        return caught.value.problem
+    assert "reset" in str(caught.value)
+    return "reset"
+
+
+# ------------------------------------------------------------------ files that are renewed
+
+
+def test_renewed_files_count_for_new_connections(
+    authority: trustme.CA, leaves_nothing: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transport that lives long shows the new certificate; half-renewed files leave the old one in use."""
+    names: list[Any] = []
+    server_tls = server_context(authority, "127.0.0.1")
+    server_tls.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(server_tls)
+
+    def answer(sock: Any, closing: threading.Event) -> None:
+        names.append(dict(field[0] for field in sock.getpeercert()["subject"]).get("commonName"))
+        sock.sendall(wire.ok(BODY))  # and close: each fetch has a connection of its own
+
+    def renew(cert: trustme.LeafCert, *, with_key: bool = True) -> None:
+        blobs = {"cert": b"".join(blob.bytes() for blob in cert.cert_chain_pems)}
+        if with_key:
+            blobs["key"] = cert.private_key_pem.bytes()
+        for name, data in blobs.items():
+            (tmp_path / "new").write_bytes(data)
+            os.replace(tmp_path / "new", tmp_path / name)
+
+    authority.cert_pem.write_to_path(tmp_path / "ca")
+    renew(authority.issue_cert("a.test", common_name="first"))
+    tls = ClientTls(tmp_path / "ca", tmp_path / "cert", tmp_path / "key")
+    with wire.WireServer(answer, tls=server_tls) as server, HttpTransport(limits=QUICK, tls=tls) as transport:
+        for number in range(4):
+            transport.fetch(server.url, MemorySink(), max_bytes=100)
+            if number == 1:
+                renew(authority.issue_cert("b.test", common_name="half"), with_key=False)
+            elif number == 2:
+                renew(authority.issue_cert("c.test", common_name="last"))
+
+    assert names == ["first", "first", "first", "last"]
+    (record,) = caplog.records
+    assert "what was read before stays in use" in record.getMessage()
+
+
+def test_files_are_read_for_the_first_https_url(tmp_path: Path) -> None:
+    """They may come late; half a configuration is an error at once."""
+    tls = ClientTls(tmp_path / "ca")
+    with pytest.raises(SettingsError, match="ca_file"):
+        tls.context()
+    with pytest.raises(SettingsError, match="DYN_MDC_TLS_CERT"):
+        ClientTls(key_file=tmp_path / "key")
+
+
+def test_context_is_made_once(ca_file: Path) -> None:
+    """As long as the files stay as they are."""
+    tls = ClientTls(ca_file)
+
+    assert tls.context() is tls.context()
+
+
+def test_files_of_the_environment(
+    serve: Serve, authority: trustme.CA, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transports that are given no files use those of the environment."""
+    server = serve(authority, "127.0.0.1")
+    monkeypatch.setenv("DYN_MDC_TLS_CA", str(ca_file))
+    table = default_transports()
+    sink = MemorySink()
+    table["https"].fetch(server.url, sink, max_bytes=100)
+    table["https"].close()
+
+    assert bytes(sink.data) == BODY
+    monkeypatch.setenv("DYN_MDC_TLS_KEY", "key.pem")
+    with pytest.raises(SettingsError, match=r"'key\.pem' without a certificate"):
+        default_transports()
 
 
 # ------------------------------------------------------------------ contexts

@@ -210,6 +210,21 @@ def test_card_that_differs_is_quarantined(watcher: ModelWatcher, publish: Any, s
     assert [one.state for one in watcher.models()] == [ModelState.READY, ModelState.QUARANTINED]
 
 
+def test_states_are_counted(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses, resolver: FakeResolver
+) -> None:
+    """How many models are in which state can be asked for; those that are gone are in none."""
+    nothing = dict.fromkeys(set(ModelState) - {ModelState.GONE}, 0)
+    assert watcher.counts() == nothing
+
+    publish(CARD, 1)
+    statuses.wait_for(ModelState.READY)
+    publish(OTHER, 2)
+    statuses.wait_for(ModelState.QUARANTINED)
+
+    assert watcher.counts() == {**nothing, ModelState.READY: 1, ModelState.QUARANTINED: 1}
+
+
 def test_quarantined_card_takes_over(watcher: ModelWatcher, publish: Any, statuses: Statuses) -> None:
     """When the incumbent's last worker is gone, the card that waited is resolved and served."""
     first = publish(CARD, 1)

@@ -1,0 +1,85 @@
+"""Cards as they come: from the URL at which a worker answers with its card, or as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Optional
+
+from ..card import json_text
+from ..card import url as urls
+from ..card.model_card import ModelDeploymentCard
+from ..errors import CardError, SizeLimitExceeded, shown_url
+from .transport import Bytes, Transport, transport_for
+
+MAX_CARD_BYTES = 16 << 20  # a card has some kilobytes; one with a thousand files, a few hundred
+
+
+def fetch_card(url: str, transports: Mapping[str, Transport]) -> ModelDeploymentCard:
+    """Fetch the card that a URL answers with.
+
+    Raises FetchError, CardError for what is no card or has more than MAX_CARD_BYTES.
+    """
+    return parse_card(fetch_text(url, transports), shown_url(url))
+
+
+def fetch_text(url: str, transports: Mapping[str, Transport]) -> bytes:
+    """Fetch what may be a card; FetchError, CardError if it is too large to be one."""
+    memory = _Memory()
+    url = urls.normalize(url) or url
+    try:
+        transport_for(transports, url).fetch(url, memory, max_bytes=MAX_CARD_BYTES)
+    except SizeLimitExceeded as error:
+        raise _too_large(shown_url(url)) from error
+    return memory.data
+
+
+def parse_card(text: bytes, source: str) -> ModelDeploymentCard:
+    """Read the text of a card, or of a discovery record with one; CardError, which names `source`."""
+    if len(text) > MAX_CARD_BYTES:
+        raise _too_large(source)
+    try:
+        if _is_record(text):
+            return ModelDeploymentCard.from_record(text)
+        return ModelDeploymentCard.from_json(text)
+    except CardError as error:
+        raise CardError(
+            f"{source} is no card that can be used: {error}",
+            field=error.field, value=error.value, issues=error.issues,
+        ) from error  # fmt: skip
+
+
+def _is_record(text: bytes) -> bool:
+    """Tell whether this is a discovery record with a card in it, as the file store keeps them."""
+    value = json_text.loads(text)
+    return isinstance(value, dict) and "card_json" in value and "display_name" not in value
+
+
+def _too_large(source: str) -> CardError:
+    return CardError(f"{source} is no card: it has more than {MAX_CARD_BYTES} bytes", value=source)
+
+
+class _Memory:
+    """A sink that keeps what comes; see `Sink`."""
+
+    def __init__(self) -> None:
+        self.validator: Optional[str] = None
+        self._pieces = bytearray()
+
+    @property
+    def data(self) -> bytes:
+        """All bytes that came."""
+        return bytes(self._pieces)
+
+    @property
+    def received(self) -> int:
+        """How many bytes came."""
+        return len(self._pieces)
+
+    def write(self, data: Bytes) -> None:
+        """Append bytes."""
+        self._pieces += data
+
+    def restart(self) -> None:
+        """Forget all bytes."""
+        self.validator = None
+        self._pieces.clear()
