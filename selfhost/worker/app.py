@@ -29,6 +29,7 @@ from .index import Index
 from .registry import MetadataArtifactRegistry
 
 if TYPE_CHECKING:
+    from ..settings import Settings
     import os
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -55,6 +56,16 @@ class MetadataApp:
         self.registry = registry
         self._access = Access.of(token, token_file)
         self._index = Index(registry) if index else None
+
+    @classmethod
+    def from_settings(cls, registry: MetadataArtifactRegistry, settings: Settings) -> MetadataApp:
+        """Return the app with the token and the index that the settings ask for; SettingsError."""
+        return cls(
+            registry,
+            token=settings.token,
+            token_file=settings.token_file,
+            index=settings.metadata_index,
+        )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request (PEP 3333)."""

@@ -1,7 +1,7 @@
 """DistributedRuntime: what the models of one process share - registry, status server, discovery, instance id.
 
-Nothing is opened before `start` (or `with`, or the first `register_model`). `close` undoes everything, the
-published cards first, so that no frontend is sent to a server that is gone; so does the interpreter's exit.
+Nothing is opened before `start` (or `with`, or the first `register_model`), but the folder of `shared_dir`.
+`close` undoes everything, the published cards first, so that no frontend is sent to a server that is gone; so does the interpreter's exit.
 A closed runtime stays closed until somebody calls `start`: an attach that comes too late is refused.
 
 Sharing: any number of threads. A forked child must make a runtime of its own: what the parent published
@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Callable, Optional
 from ..discovery.base import Discovery, RecordKey, new_instance_id
 from ..errors import DiscoveryError, RegistrationError, SettingsError
 from ..settings import Settings
+from .access import Access
 from .advertise import AdvertisedAddress, advertised_address
 from .endpoint import Endpoint, InstanceRecord
 from .registry import MetadataArtifactRegistry
+from .tls import TlsFiles
 
 if TYPE_CHECKING:
     from .local_model import LocalModel
@@ -51,11 +53,15 @@ class DistributedRuntime:
         instance_id: Optional[int] = None,
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
-        self.metadata_artifacts = MetadataArtifactRegistry() if registry is None else registry
-        self.instance_id = new_instance_id() if instance_id is None else instance_id
+        self._owns_registry = registry is None
+        if registry is None:
+            registry = MetadataArtifactRegistry(shared=self.settings.shared_dir)
+        self.metadata_artifacts = registry
+        self.instance_id = self._new_instance_id() if instance_id is None else instance_id
         self._owns_discovery = discovery is None
         self._discovery = discovery
         self._server: Optional[SystemStatusServer] = None
+        self._access: Optional[Access] = None  # of that server
         self._pid = os.getpid()
         self._is_closed = False
         self._life = threading.RLock()
@@ -118,6 +124,8 @@ class DistributedRuntime:
             steps.append(lambda: server.close(timeout))
         if self._owns_discovery:
             steps.append(self._close_discovery)
+        if self._owns_registry:
+            steps.append(self.metadata_artifacts.close)
         return steps
 
     def _close_discovery(self) -> None:
@@ -129,9 +137,27 @@ class DistributedRuntime:
     def _make_server(self, port: int) -> SystemStatusServer:
         from .server import SystemStatusServer  # an app mounted in another server needs none
 
+        settings = self.settings
+        self._access = Access.of(settings.token, settings.token_file)
         return SystemStatusServer(
-            self.metadata_artifacts, self.settings.system_host, port, endpoints=self._endpoint_states
+            self.metadata_artifacts,
+            settings.system_host,
+            port,
+            limits=settings.limits,
+            endpoints=self._endpoint_states,
+            isolation=settings.isolation,
+            tls=TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
+            access=self._access,
+            index=settings.metadata_index,
         )
+
+    def _new_instance_id(self) -> int:
+        """Return an id of our own, or that of all processes that share our registry: one worker has one."""
+        if self.settings.shared_dir is None:
+            return new_instance_id()
+        from ..discovery.shared import shared_instance_id
+
+        return shared_instance_id(_publishers(self.settings.shared_dir))
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -156,6 +182,11 @@ class DistributedRuntime:
     def status_server(self) -> Optional[SystemStatusServer]:
         """The running server; None where no port is set."""
         return self._server
+
+    @property
+    def token(self) -> Optional[str]:
+        """The bearer token that the status server asks for now; None: none."""
+        return None if self._access is None else self._access.token
 
     @property
     def discovery(self) -> Discovery:
@@ -200,7 +231,7 @@ class DistributedRuntime:
                 f"self-hosting needs an address to publish, but no status server runs: set {accepted}",
                 variable="DYN_SYSTEM_PORT", value=None, accepted=accepted,
             )  # fmt: skip
-        return advertised_address(server.host, server.port).base_url
+        return advertised_address(server.host, server.port, scheme=server.scheme).base_url
 
     def reachable(self, base_url: str, check: Callable[[], bool]) -> bool:
         """Tell whether `base_url` leads back here, as `check` finds; one that did not is not tried again."""
@@ -231,6 +262,7 @@ class DistributedRuntime:
         except BaseException:
             self.release_instance(endpoint)
             raise
+        self._tell_states()
 
     def release_instance(self, endpoint: Endpoint) -> None:
         """Withdraw it with its last model."""
@@ -247,6 +279,7 @@ class DistributedRuntime:
                 with self._lock:
                     if not record.users and self._instances.get(key) is record:
                         del self._instances[key]
+                self._tell_states()
 
     def add_model(self, key: RecordKey, model: LocalModel) -> None:
         """Remember a model that is about to be published under `key`, to detach it at `close`.
@@ -271,6 +304,11 @@ class DistributedRuntime:
         with self._lock:
             self._models.pop(key, None)
 
+    def _tell_states(self) -> None:
+        server = self._server
+        if server is not None:
+            server.states_changed()
+
     def _endpoint_states(self) -> Mapping[str, str]:
         # Without any lock: the server's thread must wait neither for a disk nor for whoever waits for one.
         records = self._instances.copy().values()
@@ -283,7 +321,17 @@ class DistributedRuntime:
 def _open_discovery(settings: Settings) -> Discovery:
     from ..discovery import open_discovery  # loads the backends: only where none was passed in
 
-    return open_discovery(settings.discovery_backend, settings.file_kv)
+    discovery = open_discovery(settings.discovery_backend, settings.file_kv)
+    if settings.shared_dir is None:
+        return discovery
+    from ..discovery.shared import SharedDiscovery
+
+    return SharedDiscovery(discovery, _publishers(settings.shared_dir))
+
+
+def _publishers(shared_dir: str) -> str:
+    """Return the folder by which the processes of a worker agree who of them publishes."""
+    return os.path.join(shared_dir, "publish")
 
 
 # ------------------------------------------------------------------ the interpreter's exit

@@ -28,8 +28,8 @@ def can_fetch(
 ) -> bool:
     """Tell whether the URL gives what was promised; if not, warn. Blocks for a few seconds at most.
 
-    `own_cert` is the PEM file of the server's own certificate, which is taken for trusted here: whether
-    frontends trust its CA nobody can know, but that it names another host or has expired is found.
+    `own_cert` is the PEM file of the server's own certificate, which is trusted here like the system's CAs:
+    whether frontends trust its CA nobody can know, but that it names another host or has expired is found.
     """
     try:
         tls = None if own_cert is None else _trusting(own_cert)
@@ -51,6 +51,7 @@ def _trusting(own_cert: str) -> ssl.SSLContext:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()  # a proxy may stand in front, with another certificate
     context.load_verify_locations(cafile=own_cert)
     context.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN, which `ssl` names from Python 3.10 on
     return context

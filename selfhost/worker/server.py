@@ -26,9 +26,11 @@ from typing import Optional
 
 from ..errors import StatusServerError
 from ..settings import ServerLimits
+from .access import Access
 from .event_loop import EventLoop
 from .registry import MetadataArtifactRegistry
 from .site import EndpointStates, Site
+from .tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +56,19 @@ class SystemStatusServer:
         *,
         limits: Optional[ServerLimits] = None,
         endpoints: Optional[EndpointStates] = None,
+        isolation: str = "thread",
+        tls: Optional[TlsFiles] = None,
+        access: Optional[Access] = None,
+        index: bool = False,
     ) -> None:
         self.registry = registry
         self.limits = limits or ServerLimits()
+        self.isolation = isolation
         self._requested = (host, port)
         self._endpoints = endpoints
+        self._tls = tls
+        self._access = access
+        self._index = index
         self._state_lock = threading.RLock()  # start and close, not the loop
         self._loop: Optional[EventLoop] = None
 
@@ -119,6 +129,14 @@ class SystemStatusServer:
         return _url_host(self.host, self.port)
 
     @property
+    def scheme(self) -> str:
+        """What its URLs begin with: http, or https where it has a certificate."""
+        return "http" if self._tls is None else "https"
+
+    def states_changed(self) -> None:
+        """Say that the state of an endpoint has changed: /health tells the new one from now on."""
+
+    @property
     def open_connections(self) -> int:
         """How many clients are connected."""
         loop = self._loop
@@ -130,7 +148,8 @@ class SystemStatusServer:
     def _start_loop(self, listener: socket.socket) -> EventLoop:
         loop: Optional[EventLoop] = None
         try:
-            loop = EventLoop(Site(self.registry, endpoints=self._endpoints), listener, self.limits)
+            site = Site(self.registry, endpoints=self._endpoints, access=self._access, index=self._index)
+            loop = EventLoop(site, listener, self.limits, self._tls)
             loop.start()
             return loop
         except BaseException as error:

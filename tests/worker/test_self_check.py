@@ -62,7 +62,7 @@ def test_smallest_file_is_asked_for(
     """The check costs one request for the smallest file."""
     asked: list[int] = []
     monkeypatch.setattr(
-        "selfhost.worker.local_model.can_fetch", lambda url, checksum, size: not asked.append(size)
+        "selfhost.worker.local_model.can_fetch", lambda url, checksum, size, **_: not asked.append(size)
     )
     runtime = start_runtime(self_host_metadata=True)
     model = LocalModel.load(model_dir(tiny__txt=b"1")).attach(runtime.endpoint("a.b.c"))
