@@ -4,8 +4,8 @@
 
 One host process attaches and detaches LoRA adapters all the time, beside a base model that stays. Clients of
 another process fetch small and large files, ask for ranges and for what is not there, send garbage, hang up
-in the middle, and stay silent; one resolves the model as a frontend does, into a cache that is thrown away. Each
-line is the host: threads, descriptors, memory (resident, of all its processes, with files in memory),
+in the middle, and stay silent; one resolves the model as a frontend does, into a cache that is thrown away.
+Each line is the host: threads, descriptors, memory (resident, of all its processes, with files in memory),
 connections, registered files. Exit code 1 if there was a wrong byte or an unexpected answer, or if the last
 quarter needs more than the second did (2 % and 1 MB of memory are allowed: an allocator breathes).
 """
@@ -255,9 +255,8 @@ def is_flat(samples: list[Sample]) -> bool:
         factor, slack = MEMORY_SLACK if field == "memory" else (1, 4)  # descriptors of the moment
         grew = after > before * factor + slack
         flat = flat and not grew
-        print(
-            f"{field}: {before:.0f} in the second quarter, {after:.0f} in the last: {'GREW' if grew else 'flat'}"
-        )
+        verdict = "GREW" if grew else "flat"
+        print(f"{field}: {before:.0f} in the second quarter, {after:.0f} in the last: {verdict}")
     return flat
 
 
