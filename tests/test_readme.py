@@ -17,7 +17,6 @@ import documents
 import pytest
 from documents import SECONDS, environment, run
 
-import selfhost
 from selfhost import DistributedRuntime, LocalModel, Settings
 
 README = documents.read("README.md")
@@ -103,8 +102,8 @@ def test_threaded_sample(folder: Path) -> None:
 
 def test_vendoring_command(folder: Path) -> None:
     """The copied folder runs its demo."""
-    (command,) = re.findall(r"```sh\n(mkdir .*_vendor.*)\n```", README)
-    (folder / "selfhost").symlink_to(Path(selfhost.__file__).parent)
+    (command,) = re.findall(r"```sh\n(python3 docs/vendor.py .*)\n```", README)
+    (folder / "docs").symlink_to(Path(__file__).parents[1] / "docs")
 
     assert sum(line.startswith("  ok ") for line in run(folder, "sh", "-c", command)) == 5
 
@@ -121,6 +120,7 @@ def gunicorn(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]
         command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "-w", "2", "wsgi:app"]
         variables = {
             "DYN_SYSTEM_ADVERTISE_URL": f"http://127.0.0.1:{port}",
+            "DYN_SYSTEM_SHARED_DIR": str(folder / "share"),
             "DYN_FILE_KV": str(folder / "kv"),
         }
         process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables))
@@ -134,13 +134,13 @@ def gunicorn(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]
 
 
 def test_mounted_sample(gunicorn: Callable[[int], subprocess.Popen[bytes]], folder: Path) -> None:
-    """Each gunicorn worker serves and publishes the model, and withdraws it when gunicorn is told to end."""
+    """All gunicorn workers serve the model, one publishes it, until gunicorn is told to end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = gunicorn(port)
     served = wait_for(lambda: get(port, "/v1/metadata/my_model/_base/config.json"))
-    wait_for(lambda: len(records(folder / "kv")) == 4)
+    wait_for(lambda: len(records(folder / "kv")) == 2)
 
     assert served == (folder / "my-model" / "config.json").read_bytes()
 
