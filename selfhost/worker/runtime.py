@@ -1,8 +1,9 @@
 """DistributedRuntime: what the models of one process share - registry, status server, discovery, instance id.
 
 Nothing is opened before `start` (or `with`, or the first `register_model`), but the folder of `shared_dir`.
-`close` undoes everything, the published cards first, so that no frontend is sent to a server that is gone; so does the interpreter's exit.
-A closed runtime stays closed until somebody calls `start`: an attach that comes too late is refused.
+`close` undoes everything, the published cards first, so that no frontend is sent to a server that is gone; so
+does the interpreter's exit. A closed runtime stays closed until somebody calls `start`: an attach that comes
+too late is refused.
 
 Sharing: any number of threads. A forked child must make a runtime of its own: what the parent published
 stays the parent's, and an inherited runtime refuses to start and ignores `close`.
@@ -87,8 +88,9 @@ class DistributedRuntime:
                 self._server = self._make_server(self.settings.system_port)
             if self._server is not None:
                 self._server.start()
+            if self._is_closed or self not in _started:  # not each time: atexit never shrinks its table
+                _close_at_exit(self)
             self._is_closed = False
-            _close_at_exit(self)
         return self
 
     def ensure_started(self) -> None:
@@ -144,7 +146,7 @@ class DistributedRuntime:
             settings.system_host,
             port,
             limits=settings.limits,
-            endpoints=self._endpoint_states,
+            endpoints=self.endpoint_states,
             isolation=settings.isolation,
             tls=TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
             access=self._access,
@@ -199,6 +201,7 @@ class DistributedRuntime:
             if self._discovery is None:
                 self._refuse_closed()
                 self._discovery = _open_discovery(self.settings)
+                _close_at_exit(self)  # after the discovery's own hook
             return self._discovery
 
     def endpoint(self, path: str, *, transport: Optional[str] = None) -> Endpoint:
@@ -304,15 +307,16 @@ class DistributedRuntime:
         with self._lock:
             self._models.pop(key, None)
 
+    def endpoint_states(self) -> Mapping[str, str]:
+        """Return the endpoints that are published, by name, each with the state "ready"."""
+        # Without any lock: the server's thread must wait neither for a disk nor for whoever waits for one.
+        records = self._instances.copy().values()
+        return {record.endpoint.name: "ready" for record in records if record.is_published}
+
     def _tell_states(self) -> None:
         server = self._server
         if server is not None:
             server.states_changed()
-
-    def _endpoint_states(self) -> Mapping[str, str]:
-        # Without any lock: the server's thread must wait neither for a disk nor for whoever waits for one.
-        records = self._instances.copy().values()
-        return {record.endpoint.name: "ready" for record in records if record.is_published}
 
     def __repr__(self) -> str:
         return f"<DistributedRuntime {self.instance_id:x} models={len(self._models)} server={self._server!r}>"
