@@ -1,9 +1,9 @@
 """One client of the status server: request heads in, prepared answers out, never blocking.
 
-A connection reads (waits for a head), sends (an answer is on its way) or lingers: a refusal is sent, and
-what the client still sends is thrown away for a moment, because closing a socket with unread input makes
-the kernel send RST, which can overtake the refusal (RFC 9112 section 9.6). Each state has a deadline, which
-the event loop enforces. Used by that loop's thread only.
+A connection shakes hands (under TLS, see tls_connection.py), reads (waits for a head), sends (an answer is on
+its way) or lingers: a refusal is sent, and what the client still sends is thrown away for a moment, because
+closing a socket with unread input makes the kernel send RST, which can overtake the refusal (RFC 9112 section
+9.6). Each state has a deadline, which the event loop enforces. Used by that loop's thread only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from .content import Content, Descriptor
 from .poller import READ, WRITE
 
 if TYPE_CHECKING:
+    from ..settings import ServerLimits
     from .event_loop import EventLoop
 
 logger = logging.getLogger(__name__)
 
+RECEIVE_BYTES = 16 * 1024  # one recv: a whole record of TLS, so that none waits where no poller sees it
 SINGLE_SEND_BYTES = 64 * 1024  # up to here the body is copied behind its header and leaves in one send
 # From here on sendfile, which hands over pages: below, copying out of the processor's cache is up to twice
 # as fast, at 2 MB equal, at 17 MB a third slower (Linux 6.18, loopback).
@@ -42,7 +44,7 @@ _KNOWN_HEADS = 256
 _KNOWN_HEAD_BYTES = 1024
 _UNKNOWN = ("", b"")  # no target is empty
 
-_READING, _SENDING, _LINGERING, _CLOSED = range(4)
+SHAKING_HANDS, READING, SENDING, LINGERING, CLOSED = range(5)
 _MORE = getattr(socket, "MSG_MORE", 0)  # the header waits for the first of the body: one packet less
 
 
@@ -53,12 +55,14 @@ class Connection:
         "_close_after", "_content", "_end", "_in_head", "_interest", "_linger_bytes", "_loop", "_out",
         "_position", "_received", "_sealed", "_send_until", "_state", "deadline", "sock",
     )  # fmt: skip
+    copy_bytes = COPY_BYTES  # what a connection may hold of a file
+    uses_sendfile = True
 
     def __init__(self, loop: EventLoop, sock: socket.socket, now: float) -> None:
         self._loop = loop
         self.sock = sock
         self.deadline = now + loop.limits.idle_seconds
-        self._state = _READING
+        self._state = READING
         self._interest = 0  # what the poller waits for; 0: not registered
         self._received = b""
         self._in_head = False  # part of a head has come, its deadline runs
@@ -73,17 +77,17 @@ class Connection:
     @property
     def is_sending(self) -> bool:
         """Whether an answer is on its way."""
-        return self._state == _SENDING
+        return self._state == SENDING
 
     def on_event(self, now: float) -> None:
         """Go on with what this connection was waiting for; whatever fails, fails for this client alone."""
         try:
-            if self._state == _READING:
+            if self._state == READING:
                 self._receive(now)
-            elif self._state == _SENDING:
+            elif self._state == SENDING:
                 if self._pump(now):
                     self._serve(now)
-            elif self._state == _LINGERING:
+            elif self._state == LINGERING:
                 self._discard()
         except OSError as error:  # the client is gone, or the content is no longer what was hashed
             self._loop.report(error)
@@ -96,7 +100,7 @@ class Connection:
 
     def _receive(self, now: float) -> None:
         try:
-            data = self.sock.recv(http1.MAX_HEAD_BYTES)
+            data = self.sock.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
             self._watch(READ)
             return
@@ -123,6 +127,9 @@ class Connection:
             sent = self.sock.send(answer)
         except (BlockingIOError, InterruptedError):
             sent = 0
+        counters = self._loop.counters
+        counters.requests[200] += 1  # as it was counted when the head came first
+        counters.sent_bytes += sent
         if sent < len(answer):
             self._out = memoryview(answer)[sent:]
             self._close_after = bool(connection_field)
@@ -146,14 +153,14 @@ class Connection:
             self._in_head = False
             if not self._serve_one(head, now):
                 return
-        self._state = _SENDING  # nothing, in fact: the others first, then the rest of the pipeline
+        self._state = SENDING  # nothing, in fact: the others first, then the rest of the pipeline
         self.deadline = now + self._loop.limits.stall_seconds
         self._watch(WRITE)
 
     def _await_head(self, now: float) -> None:
         limits = self._loop.limits
-        if len(self._received) > http1.MAX_HEAD_BYTES:
-            self._refuse(_too_large(), now)
+        if len(self._received) > limits.max_head_bytes:
+            self._refuse(_too_large(limits), now)
             return
         if self._loop.is_closing:
             self.close()
@@ -163,21 +170,22 @@ class Connection:
         elif not self._in_head:  # from its first byte on: dripping wins no time
             self._in_head = True
             self.deadline = now + limits.head_seconds
-        self._state = _READING
+        self._state = READING
         self._watch(READ)
 
     def _serve_one(self, head: bytes, now: float) -> bool:
         """Answer one head; tell whether the answer has left whole and the connection goes on."""
         try:
-            if len(head) > http1.MAX_HEAD_BYTES:
-                raise _too_large()
+            if len(head) > self._loop.limits.max_head_bytes:
+                raise _too_large(self._loop.limits)
             request = http1.parse_head(head)
         except http1.BadRequest as fault:
             return self._refuse(fault, now)
-        if request.is_plain and len(head) <= _KNOWN_HEAD_BYTES:
-            self._remember(head, request)
         self._close_after = not request.keep_alive or self._loop.is_closing
         answer = self._loop.site.answer(request.method, request.target, request.fields)
+        # A hit: whoever is not let in is asked for the token each time.
+        if request.is_plain and answer.content is not None and len(head) <= _KNOWN_HEAD_BYTES:
+            self._remember(head, request)
         return self._send(answer, request, now)
 
     def _remember(self, head: bytes, request: http1.Request) -> None:
@@ -196,6 +204,7 @@ class Connection:
     # -------------------------------------------------------------- sending
 
     def _send(self, answer: Answer, request: Optional[http1.Request], now: float) -> bool:
+        self._loop.counters.count(answer.status)
         parts = [self._loop.status_head(answer.status)]
         if self._close_after:
             parts.append(_CLOSE)
@@ -217,11 +226,12 @@ class Connection:
             parts.append(answer.content.read(answer.start, answer.stop))
         else:
             self._content, self._position, self._end = (answer.content, answer.start, answer.stop)
-            self._sealed = answer.content.sealed() if self._end - self._position >= SENDFILE_BYTES else None
+            if self.uses_sendfile and self._end - self._position >= SENDFILE_BYTES:
+                self._sealed = answer.content.sealed()
 
     def _begin(self, now: float) -> bool:
         limits = self._loop.limits
-        self._state = _SENDING
+        self._state = SENDING
         self.deadline = now + limits.stall_seconds
         self._send_until = self.deadline + (self._end - self._position) / limits.min_bytes_per_second
         return self._pump(now)
@@ -234,6 +244,7 @@ class Connection:
                 budget -= self._send_some()
         except (BlockingIOError, InterruptedError):
             pass
+        self._loop.counters.sent_bytes += TURN_BYTES - budget
         if self._out or self._position < self._end:
             if budget < TURN_BYTES:
                 self.deadline = min(now + self._loop.limits.stall_seconds, self._send_until)
@@ -264,7 +275,7 @@ class Connection:
         if data is not None:
             self._out, self._position = memoryview(data)[start : self._end], self._end
         else:
-            self._position = min(start + COPY_BYTES, self._end)
+            self._position = min(start + self.copy_bytes, self._end)
             self._out = memoryview(content.read(start, self._position))
 
     def _finish(self, now: float) -> bool:
@@ -273,15 +284,18 @@ class Connection:
         if not self._close_after:
             return True
         if self._linger_bytes:
-            self.sock.shutdown(socket.SHUT_WR)
-            self._state = _LINGERING
-            self.deadline = now + self._loop.limits.linger_seconds
-            self._watch(READ)
+            self._linger(now)
         else:
             self.close()
         return False
 
     # -------------------------------------------------------------- the end
+
+    def _linger(self, now: float) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+        self._state = LINGERING
+        self.deadline = now + self._loop.limits.linger_seconds
+        self._watch(READ)
 
     def _discard(self) -> None:
         data = self.sock.recv(LINGER_BYTES)
@@ -291,8 +305,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket and forget the client; harmless when repeated."""
-        if self._state != _CLOSED:
-            self._state = _CLOSED
+        if self._state != CLOSED:
+            self._state = CLOSED
             self._content = self._sealed = None
             self._out = memoryview(b"")
             self._loop.forget(self, watched=self._interest != 0)
@@ -304,5 +318,5 @@ class Connection:
             self._interest = interest
 
 
-def _too_large() -> http1.BadRequest:
-    return http1.BadRequest(431, f"request head larger than {http1.MAX_HEAD_BYTES} bytes")
+def _too_large(limits: ServerLimits) -> http1.BadRequest:
+    return http1.BadRequest(431, f"request head larger than {limits.max_head_bytes} bytes")

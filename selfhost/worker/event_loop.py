@@ -16,10 +16,11 @@ from http import HTTPStatus
 from typing import Callable, Optional
 
 from ..settings import ServerLimits
-from . import http1
-from .connection import Connection
+from .connection import RECEIVE_BYTES, Connection
+from .counters import ServerCounters
 from .poller import READ, new_poller
 from .site import Site
+from .tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,18 @@ _BUSY = (
 class EventLoop:
     """Serve `listener` until `stop`, by `start` on a thread of its own or by `run` on the caller's.
 
-    Owns every socket from here on; `close_descriptors` is for one that never ran.
+    Owns every socket from here on; `close_descriptors` is for one that never ran. Raises SettingsError for
+    `tls` files that cannot be used.
     """
 
-    def __init__(self, site: Site, listener: socket.socket, limits: ServerLimits) -> None:
+    def __init__(
+        self, site: Site, listener: socket.socket, limits: ServerLimits, tls: Optional[TlsFiles] = None
+    ) -> None:
         self.site = site
         self.limits = limits
+        self.counters = ServerCounters()
+        self._connect = _connector(tls)
+        self._busy = _BUSY if tls is None else b""  # before a handshake nothing can be said
         self.bound: tuple[str, int] = listener.getsockname()[:2]
         self.connections: set[Connection] = set()
         self.is_closing = False
@@ -50,6 +57,7 @@ class EventLoop:
         self._accept_at: Optional[float] = None  # while accepting pauses: when to go on
         self._is_starved = False  # of descriptors or memory, as the log knows already
         self.known_heads: dict[bytes, tuple[str, bytes]] = {}  # kept by the connections
+        self._access_version = 0 if site.access is None else site.access.version
         self._stop_at = float("inf")
         self._sweep_at = 0.0
         self._date = ""
@@ -93,6 +101,7 @@ class EventLoop:
         for connection in list(self.connections):
             connection.sock.close()
         self.connections.clear()
+        self.counters.open_connections = 0
         self._poller.close()
         for sock in (self._listener, self._wake_receiver, self._wake_sender):
             if sock is not None:
@@ -123,12 +132,19 @@ class EventLoop:
         events = self._poller.poll(SWEEP_SECONDS if busy else None)
         now = time.monotonic()
         self._renew_date(now)
+        if self.site.access is not None:
+            self._forget_heads_of_old_tokens(self.site.access.version)
         for fd, _ in events:
             handler = self._handlers.get(fd)
             if handler is not None:  # None: closed since, by another event of this turn
                 handler(now)
         if now >= self._sweep_at:
             self._sweep(now)
+
+    def _forget_heads_of_old_tokens(self, version: int) -> None:
+        if version != self._access_version:
+            self._access_version = version
+            self.known_heads.clear()
 
     def _handle(self, sock: socket.socket, handler: Callable[[float], None]) -> None:
         self._poller.register(sock.fileno(), READ)
@@ -170,13 +186,23 @@ class EventLoop:
                 self._pause_accepting(error, now)
                 return
             self._is_starved = False
+            self.counters.accepted += 1
             sock.setblocking(False)
             if len(self.connections) < self.limits.max_connections or self._make_room(now):
-                connection = Connection(self, sock, now)
-                self.connections.add(connection)
-                connection.on_event(now)  # its request is often there already
+                self._admit(sock, now)
             else:
-                _send_busy(sock)
+                self.counters.refused_busy += 1
+                _turn_away(sock, self._busy)
+
+    def _admit(self, sock: socket.socket, now: float) -> None:
+        try:
+            connection = self._connect(self, sock, now)
+        except OSError:  # the client has gone already
+            sock.close()
+            return
+        self.connections.add(connection)
+        self.counters.open_connections = len(self.connections)
+        connection.on_event(now)  # its request is often there already
 
     def _make_room(self, now: float) -> bool:
         """Close whoever waits and is nearest to its deadline, else whoever has taken nothing for a while."""
@@ -234,15 +260,24 @@ class EventLoop:
     def forget(self, connection: Connection, *, watched: bool) -> None:
         """Drop a connection that is about to close its socket."""
         self.connections.discard(connection)
+        self.counters.open_connections = len(self.connections)
         if watched:
             self._unhandle(connection.sock)
 
 
-def _send_busy(sock: socket.socket) -> None:
+def _connector(tls: Optional[TlsFiles]) -> Callable[[EventLoop, socket.socket, float], Connection]:
+    if tls is None:
+        return Connection
+    from .tls_connection import TlsPort  # imports ssl
+
+    return TlsPort(tls).connect
+
+
+def _turn_away(sock: socket.socket, message: bytes) -> None:
     with sock:
         try:
-            sock.send(_BUSY)
+            sock.send(message)
             sock.shutdown(socket.SHUT_WR)
-            sock.recv(http1.MAX_HEAD_BYTES)  # unread input would turn the close into a reset
+            sock.recv(RECEIVE_BYTES)  # unread input would turn the close into a reset
         except OSError:
             pass

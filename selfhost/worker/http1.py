@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-MAX_HEAD_BYTES = 16 * 1024  # request line and fields together; twice what browsers and proxies send
 MAX_FIELDS = 100
 
 # RFC 9110 section 5.6.2 (token) and 5.5 (field-value, without the line folding that 9112 5.2 deprecates).

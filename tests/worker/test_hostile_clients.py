@@ -1,0 +1,348 @@
+"""Hostile clients under TLS, many kinds at once, at the limits that are set; and what of it is logged.
+
+The same without TLS: test_event_loop.py and test_connection.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import struct
+import threading
+import time
+from typing import Any, Callable
+
+import pytest
+
+from selfhost.settings import ServerLimits
+from selfhost.worker.server import SystemStatusServer
+
+SMALL = b'{"a": 1}'
+HUGE = os.urandom(2_000_000) * 6  # more than the kernel's buffers take
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\nX: "
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n"
+
+
+@pytest.fixture
+def serves_another(connect_tls: Any, serve_bytes: Any) -> Callable[[SystemStatusServer], bool]:
+    """Return a function that makes five requests as a client that means well, each within a second."""
+    target = serve_bytes(SMALL, "other.json")
+
+    def serve(server: SystemStatusServer) -> bool:
+        for _ in range(5):
+            started = time.monotonic()
+            client = connect_tls(server).get(target)
+            assert client.answer().body == SMALL
+            client.close()
+            assert time.monotonic() - started < 1.0
+        return True
+
+    return serve
+
+
+@pytest.fixture
+def client_hello(client_tls: ssl.SSLContext) -> bytes:
+    """Return what a client says first."""
+    said = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client_tls.wrap_bio(ssl.MemoryBIO(), said, server_hostname="127.0.0.1").do_handshake()
+    return said.read()
+
+
+def drip(clients: list[Any], text: bytes) -> Callable[[], None]:
+    """Return a step that sends one more byte to each client; one that is hung up on gets no more."""
+    bytes_left = iter(text)
+
+    def step() -> None:
+        byte = bytes([next(bytes_left, ord("a"))])
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(byte)
+
+    return step
+
+
+# ------------------------------------------------------------------ before and in the handshake
+
+
+def test_silent_before_the_handshake(
+    start_tls: Any, connect: Any, serves_another: Any, wait_until: Any
+) -> None:
+    """300 clients that never begin one take no thread, delay nobody and are let go."""  # catalogue 41
+    threads = threading.active_count()
+    server = start_tls(limits=ServerLimits(handshake_seconds=0.8))
+    silent = [connect(server) for _ in range(300)]
+
+    assert serves_another(server)
+    assert server.open_connections >= 300
+    assert threading.active_count() == threads + 1
+    assert wait_until(lambda: server.open_connections == 0, 4.0)
+    assert [client.rest() for client in silent] == [b""] * 300
+    assert server.counters().handshake_failures == 300
+
+
+@pytest.mark.parametrize("said", [1, 5, 100, None])
+def test_silent_within_the_handshake(
+    said: int, start_tls: Any, connect: Any, client_hello: bytes,
+    serves_another: Any, wait_until: Any,
+) -> None:  # fmt: skip
+    """60 clients that stop somewhere in it delay nobody; idle time is no help to them."""
+    server = start_tls(limits=ServerLimits(handshake_seconds=0.2, idle_seconds=60.0))
+    for _ in range(60):
+        connect(server).send(client_hello[:said])
+
+    assert serves_another(server)
+    assert wait_until(lambda: server.counters().handshake_failures == 60, 3.0)
+    assert server.open_connections == 0
+
+
+def test_slow_handshakes(
+    start_tls: Any,
+    connect: Any,
+    client_hello: bytes,
+    serves_another: Any,
+    wait_until: Any,
+) -> None:
+    """60 clients that drip their handshakes delay nobody, and dripping wins them no time."""  # catalogue 42
+    server = start_tls(limits=ServerLimits(handshake_seconds=0.3))
+    step = drip([connect(server) for _ in range(60)], client_hello)
+
+    assert wait_until(
+        lambda: (step(), serves_another(server), server.counters().handshake_failures == 60)[2], 5.0
+    )
+
+
+@pytest.mark.parametrize(
+    "said", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 50_000, b"\r\n" * 99, os.urandom(3000)]
+)
+def test_what_is_no_tls(
+    said: bytes, start_tls: Any, connect: Any, serves_another: Any, wait_until: Any
+) -> None:
+    """Plain HTTP and noise get no answer but TLS's own alert."""
+    server = start_tls()
+    client = connect(server).send(said)
+    with contextlib.suppress(ConnectionResetError):
+        assert len(client.rest()) <= 7
+
+    assert wait_until(lambda: server.counters().handshake_failures == 1)
+    client.close()
+    assert serves_another(server)
+    assert set(server.counters().requests) == {200}
+
+
+def test_reset_within_the_handshake(
+    start_tls: Any,
+    connect: Any,
+    client_hello: bytes,
+    serves_another: Any,
+    wait_until: Any,
+) -> None:
+    """Clients that break off, in order or by a reset, leave nothing."""
+    server = start_tls()
+    for number in range(60):
+        client = connect(server).send(client_hello[: 20 * number])
+        if number % 2:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+
+    assert serves_another(server)
+    assert wait_until(lambda: server.open_connections == 0)
+
+
+# ------------------------------------------------------------------ after the handshake
+
+
+def test_slow_heads(start_tls: Any, connect_tls: Any, serves_another: Any, wait_until: Any) -> None:
+    """60 clients that drip their heads by TLS delay nobody, and dripping wins no time."""  # catalogue 42
+    server = start_tls(limits=ServerLimits(head_seconds=0.3))
+    step = drip([connect_tls(server) for _ in range(60)], HEAD)
+
+    assert wait_until(lambda: (step(), serves_another(server), server.open_connections == 0)[2], 5.0)
+
+
+def test_slow_bodies(start_tls: Any, connect_tls: Any, serves_another: Any, wait_until: Any) -> None:
+    """60 clients that drip a body nobody asked for delay nobody and are let go."""  # catalogue 42
+    server = start_tls(limits=ServerLimits(linger_seconds=0.3))
+    clients = [connect_tls(server).send(POST) for _ in range(60)]
+    step = drip(clients, b"")
+
+    assert wait_until(lambda: (step(), serves_another(server), server.open_connections == 0)[2], 5.0)
+    assert server.counters().requests[405] == 60
+
+
+def test_slow_readers(
+    start_tls: Any,
+    connect_tls: Any,
+    serves_another: Any,
+    serve_bytes: Any,
+    wait_until: Any,
+) -> None:
+    """60 clients that do not read their downloads delay nobody and are cut off."""  # catalogue 42
+    target = serve_bytes(HUGE)
+    server = start_tls(limits=ServerLimits(stall_seconds=0.6))
+    readers = [connect_tls(server, receive_buffer=65536).get(target) for _ in range(60)]
+    assert wait_until(lambda: server.counters().requests.get(200) == 60)
+
+    assert serves_another(server)
+    assert wait_until(lambda: server.open_connections == 0, 3.0)
+    with contextlib.suppress(ssl.SSLError, ConnectionResetError):  # cut off is not ended
+        assert len(readers[0].rest()) < len(HUGE)
+
+
+def test_full_house(
+    start_tls: Any, connect: Any, connect_tls: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """A full server hangs up on newcomers before the handshake; downloads go on, then there is room."""
+    target = serve_bytes(HUGE)
+    server = start_tls(limits=ServerLimits(max_connections=2))
+    busy = [connect_tls(server, receive_buffer=65536).get(target) for _ in range(2)]
+    assert wait_until(lambda: server.counters().requests.get(200) == 2)
+
+    assert connect(server).rest() == b""
+    assert server.counters().refused_busy == 1
+    assert [client.answer().body == HUGE for client in busy] == [True, True]
+    assert connect_tls(server).get("/live").answer().status == 200
+
+
+# ------------------------------------------------------------------ all of them at once
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_all_kinds_at_once(
+    secure: bool, start_server: Any, start_tls: Any, connect: Any, connect_tls: Any, serve_bytes: Any,
+    wait_until: Any,
+) -> None:  # fmt: skip
+    """300 half-open connections and 60 of each slow kind: others are served within a second throughout."""
+    # catalogue 41, 42
+    other, target = serve_bytes(SMALL, "other.json"), serve_bytes(HUGE)
+    limits = ServerLimits(
+        handshake_seconds=1.5, idle_seconds=1.5, head_seconds=2.0, stall_seconds=2.0, linger_seconds=2.0
+    )
+    start, open_one = (start_tls, connect_tls) if secure else (start_server, connect)
+    server = start(limits=limits)
+    threads = threading.active_count()
+    for _ in range(300):
+        connect(server)
+    heads = drip([open_one(server) for _ in range(60)], HEAD)
+    bodies = drip([open_one(server).send(POST) for _ in range(60)], b"")
+    for _ in range(60):
+        open_one(server, receive_buffer=65536).get(target)
+    assert wait_until(lambda: server.open_connections >= 480)
+
+    slowest = 0.0
+    until = time.monotonic() + 10.0
+    while server.open_connections and time.monotonic() < until:
+        heads()
+        bodies()
+        started = time.monotonic()
+        client = open_one(server).get(other)
+        assert client.answer().body == SMALL
+        slowest = max(slowest, time.monotonic() - started)
+        client.close()
+        time.sleep(0.02)
+
+    assert slowest < 1.0
+    assert threading.active_count() == threads
+    assert wait_until(lambda: server.open_connections == 0)
+
+
+# ------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("limit", [200, 1000, 16_384, 100_000])
+def test_head_bytes(limit: int, start_server: Any, connect: Any) -> None:
+    """A head of exactly as many bytes as are allowed is answered, one of a byte more is refused."""
+    server = start_server(limits=ServerLimits(max_head_bytes=limit))
+    bare = b"GET /live HTTP/1.1\r\nHost: x\r\nX: \r\n\r\n"
+    fits = bare.replace(b"X: ", b"X: " + b"a" * (limit - len(bare)))
+
+    assert connect(server).send(fits).answer().status == 200
+    refusal = connect(server).send(fits.replace(b"X: ", b"X: a")).answer()
+    assert (refusal.status, refusal.body) == (431, f"request head larger than {limit} bytes\n".encode())
+
+
+def test_head_bytes_of_an_unfinished_head(start_server: Any, connect: Any) -> None:
+    """What has grown past the limit is refused before it ends."""
+    client = connect(start_server(limits=ServerLimits(max_head_bytes=200))).send(HEAD + b"a" * 200)
+
+    assert client.answer().status == 431
+    assert client.rest() == b""
+
+
+# ------------------------------------------------------------------ logs
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Return a function that tells everything that was logged, each record as handlers write it."""
+    caplog.set_level(logging.DEBUG)
+    formatter = logging.Formatter("%(name)s %(message)s")
+    return lambda: "\0".join(map(formatter.format, caplog.records))
+
+
+def test_log_quotes_what_clients_send(
+    start_server: Any, connect: Any, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    """A target that gets into a log, for an error of ours, cannot write a line of its own."""
+    server = start_server()
+    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: {}["oops"])
+    answer = connect(server).get("/%0aERROR%20root%20%1b[2J").answer()
+
+    assert (answer.status, answer.body) == (500, b"Internal error\n")
+    assert "cannot answer '/%0aERROR%20root%20%1b[2J'" in logged()
+    assert "\x1b" not in logged()
+
+
+def test_log_has_nothing_secret(
+    start_server: Any, start_tls: Any, connect: Any, connect_tls: Any, serve_bytes: Any, logged: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever becomes of a request, its Authorization field is in no log."""
+    target = serve_bytes(SMALL)
+    field = "Authorization: Bearer rosebud-0123456789"
+    secured = start_tls()
+    for server, open_one in ((start_server(), connect), (secured, connect_tls)):
+        assert open_one(server).get(target, field).answer().status == 200
+        assert open_one(server).get(target, field, " folded").answer().status == 400
+        assert open_one(server).get(target, field, method="POST").answer().status == 405
+        assert open_one(server).get(target, field, "X: " + "a" * 20_000).answer().status == 431
+        open_one(server).send(field.encode()).close()
+    with contextlib.suppress(OSError):
+        connect(secured).get(target, field).rest()
+    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: {}["oops"])
+    server = start_server()
+    assert connect(server).get("/x", field).answer().status == 500
+    monkeypatch.setattr(server._loop, "status_head", None)
+    assert connect(server).get("/x", field).rest() == b""
+
+    assert "a request failed unexpectedly" in logged()
+    assert "TLS handshake failed" in logged()
+    assert "rosebud" not in logged()
+
+
+def test_error_bodies_tell_nothing(
+    start_server: Any, connect: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """No path, no version, no traceback, nothing of the request: a few words of text."""  # catalogue 95
+    server = start_server()
+    requests = [
+        b"GET /rosebud HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /rosebud HTTP/9.1\r\nHost: x\r\n\r\n",
+        b"rosebud\r\n\r\n",
+        b"POST /rosebud HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /rosebud HTTP/1.1\r\nrosebud: " + b"a" * 20_000,
+        b"GET /rosebud HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: rosebud\r\n\r\n",
+    ]
+    answers = [connect(server).send(request).answer() for request in requests]
+    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: (tmp_path / "rosebud").read_bytes())
+    answers.append(connect(server).send(requests[0]).answer())
+
+    assert sorted(answer.status for answer in answers) == [400, 400, 404, 405, 431, 500, 505]
+    for answer in answers:
+        assert len(answer.body) < 60
+        assert b"rosebud" not in answer.body
+        assert answer.fields["server"] == "selfhost"
+        assert not any(word in answer.body.lower() for word in (b"python", b"trace", b".py", b"tmp"))
