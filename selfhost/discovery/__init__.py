@@ -15,6 +15,7 @@ from .base import (
 )
 from .file import FileDiscovery
 from .memory import MemoryDiscovery, MemoryStore
+from .shared import SharedDiscovery, shared_instance_id
 
 __all__ = [
     "Bucket",
@@ -25,10 +26,12 @@ __all__ = [
     "MemoryStore",
     "Publication",
     "RecordKey",
+    "SharedDiscovery",
     "instance_record",
     "model_record",
     "new_instance_id",
     "open_discovery",
+    "shared_instance_id",
 ]
 
 

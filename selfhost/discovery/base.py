@@ -20,6 +20,8 @@ from ..errors import DiscoveryError
 
 POLL_SECONDS = 0.5  # a frontend sees a new model about as soon as Dynamo's own does (0.2 to 0.3 s)
 
+ALREADY_OURS = "already published by this process; withdraw it first or use another endpoint or name"
+
 _INSTANCE_ID = re.compile(r"[0-9A-Fa-f]+")
 
 
@@ -125,11 +127,12 @@ class Discovery(Protocol):
 
     name: str
 
-    def publish(self, bucket: Bucket, key: RecordKey, text: str) -> Publication:
+    def publish(self, bucket: Bucket, key: RecordKey, text: str, *, adopt: bool = False) -> Publication:
         """Make the record visible and keep it so until it is withdrawn.
 
-        Raises DiscoveryError, and leaves nothing behind, where the key is taken or the record cannot be
-        written.
+        With `adopt`, whatever is there under the key is taken over, in one step: the caller knows that its
+        owner is gone. Raises DiscoveryError, and leaves nothing behind, where the key is taken or the record
+        cannot be written.
         """
 
     def records(self, bucket: Bucket) -> dict[RecordKey, str]:
@@ -164,11 +167,13 @@ class Publication:
         *,
         withdraw: Callable[[], None],
         replace: Callable[[str], None],
+        abandon: Optional[Callable[[], None]] = None,
     ) -> None:
         self.bucket = bucket
         self.key = key
         self._withdraw = withdraw
         self._replace = replace
+        self._abandon = withdraw if abandon is None else abandon
 
     def withdraw(self) -> None:
         """Remove the record; twice is harmless. Never raises: what cannot be removed expires by itself."""
@@ -181,6 +186,13 @@ class Publication:
         else's by now, or cannot be written.
         """
         self._replace(text)
+
+    def abandon(self) -> None:
+        """Leave the record to whoever adopts it; it expires if nobody does. Never raises.
+
+        A store that others cannot adopt from has it withdrawn.
+        """
+        self._abandon()
 
     def __enter__(self) -> Publication:
         return self

@@ -22,7 +22,17 @@ from typing import Callable, NoReturn, Optional, Union
 
 from ..errors import DiscoveryError
 from . import layout
-from .base import POLL_SECONDS, Bucket, Event, Publication, RecordKey, check_key, check_text, watch_snapshots
+from .base import (
+    ALREADY_OURS,
+    POLL_SECONDS,
+    Bucket,
+    Event,
+    Publication,
+    RecordKey,
+    check_key,
+    check_text,
+    watch_snapshots,
+)
 from .expiry import Expiry, sweep
 from .keepalive import KeepAlive
 from .lifetime import track
@@ -33,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 TTL_SECONDS = 10.0  # Dynamo's, whose processes remove whatever is older
 TOUCHES_PER_TTL = 3  # Dynamo's: two may be late before anybody takes the owner for dead
-
-ALREADY_OURS = "already published by this process; withdraw it first or use another endpoint or name"
 
 
 class FileDiscovery:
@@ -76,7 +84,7 @@ class FileDiscovery:
 
     # -------------------------------------------------------------- publishing
 
-    def publish(self, bucket: Bucket, key: RecordKey, text: str) -> Publication:
+    def publish(self, bucket: Bucket, key: RecordKey, text: str, *, adopt: bool = False) -> Publication:
         """Write the record and keep it alive until it is withdrawn; see Discovery.publish."""
         check_key(self.name, key)
         check_text(self.name, key, text)
@@ -84,7 +92,7 @@ class FileDiscovery:
         record = OwnedRecord(path, text.encode(), lambda: int(self._clock() * 1e9))
         self._reserve(key, record)
         try:
-            self._create(record)
+            self._create(record, adopt=adopt)
         except BaseException as err:
             self._withdraw(record)
             if isinstance(err, (NotOurs, OSError)):
@@ -96,6 +104,7 @@ class FileDiscovery:
             key,
             withdraw=functools.partial(self._withdraw, record),
             replace=functools.partial(self._replace, key, record),
+            abandon=functools.partial(self._abandon, record),
         )
 
     def _reserve(self, key: RecordKey, record: OwnedRecord) -> None:
@@ -114,9 +123,9 @@ class FileDiscovery:
                 self._keep_alive = keep_alive
             self._owned[record.path] = record
 
-    def _create(self, record: OwnedRecord) -> None:
+    def _create(self, record: OwnedRecord, *, adopt: bool) -> None:
         try:
-            record.create()
+            record.create(adopt=adopt)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
                 if not self._expiry.is_stale(os.lstat(record.path).st_mtime):
@@ -136,6 +145,10 @@ class FileDiscovery:
             record.remove()
         except OSError as err:
             logger.warning("could not remove %r (%s); it expires in %g s", record.path, err, self.ttl_seconds)
+        self._forget(record)
+
+    def _abandon(self, record: OwnedRecord) -> None:
+        record.abandon()
         self._forget(record)
 
     def _forget(self, record: OwnedRecord) -> None:

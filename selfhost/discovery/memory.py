@@ -73,8 +73,11 @@ class MemoryDiscovery:
         if self._is_closed:
             self._closing.set()
 
-    def publish(self, bucket: Bucket, key: RecordKey, text: str) -> Publication:
-        """Make the record visible until it is withdrawn; see Discovery.publish."""
+    def publish(self, bucket: Bucket, key: RecordKey, text: str, *, adopt: bool = False) -> Publication:
+        """Make the record visible until it is withdrawn; see Discovery.publish.
+
+        There is nothing to adopt: the owners of all records are in this process.
+        """
         check_key(self.name, key)
         check_text(self.name, key, text)
         record = _Record(bucket, key, text)

@@ -50,12 +50,18 @@ class OwnedRecord:
         self._is_withdrawn = False  # never to be made again; a record may be withdrawn before it is made
         self._stamp: Optional[tuple[int, ...]] = None  # of the file as we left it
 
-    def create(self) -> None:
-        """Make the file; FileExistsError where its name is taken. Raises NotOurs where it was withdrawn."""
+    def create(self, *, adopt: bool = False) -> None:
+        """Make the file; FileExistsError where its name is taken, unless what is there is to be adopted.
+
+        Raises NotOurs where it was withdrawn.
+        """
         with self._lock:
             if self._is_withdrawn:  # only a close() finds a record that nobody has been given yet
                 raise NotOurs("this discovery is closed")
-            self._put(self._data, place_absent)
+            if adopt and self._look() is _State.OURS:
+                self._touch()
+            else:
+                self._put(self._data, place_over if adopt else place_absent)
             self._is_live = True
 
     def refresh(self) -> None:
@@ -101,6 +107,14 @@ class OwnedRecord:
             if was_live and self._look() is _State.OURS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path)
+
+    def abandon(self) -> None:
+        """Leave the file as it is, for whoever adopts it; from now on it is not ours. Twice is harmless."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._is_withdrawn = True
+            self._is_live = False
 
     def _look(self) -> _State:
         """Tell whose file it is: ours is one as we left it, or one with our bytes whoever touched it."""

@@ -17,6 +17,7 @@ from selfhost.discovery import (
     MemoryDiscovery,
     MemoryStore,
     RecordKey,
+    SharedDiscovery,
     open_discovery,
 )
 from selfhost.errors import DiscoveryError
@@ -28,14 +29,15 @@ OTHER = RecordKey("my-ns", "c_1", "e.x", 2**64 - 1)
 Watch = Callable[..., Any]
 
 
-@pytest.fixture(params=["file", "mem"])
+@pytest.fixture(params=["file", "mem", "shared file", "shared mem"])
 def join(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Discovery]]:
     """Give another participant of one and the same store at each call."""
     store = MemoryStore()
     joined: list[Discovery] = []
 
     def make() -> Discovery:
-        joined.append(FileDiscovery(tmp_path) if request.param == "file" else MemoryDiscovery(store))
+        inner = FileDiscovery(tmp_path / "kv") if "file" in request.param else MemoryDiscovery(store)
+        joined.append(SharedDiscovery(inner, tmp_path / "share") if "shared" in request.param else inner)
         return joined[-1]
 
     yield make

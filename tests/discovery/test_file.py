@@ -264,9 +264,9 @@ def test_close_between_the_steps_of_publishing_leaves_nothing(tmp_path: Path, fo
     """Neither a record that nobody would withdraw nor a thread; whoever publishes hears of it."""
 
     class ClosedMeanwhile(FileDiscovery):
-        def _create(self, record: OwnedRecord) -> None:
+        def _create(self, record: OwnedRecord, *, adopt: bool) -> None:
             self.close()
-            super()._create(record)
+            super()._create(record, adopt=adopt)
 
     with pytest.raises(DiscoveryError, match="this discovery is closed"):
         ClosedMeanwhile(tmp_path).publish(Bucket.MODELS, KEY, "{}")
