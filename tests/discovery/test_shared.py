@@ -120,16 +120,20 @@ class Sight:
         self._path = path
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look)
+        self._note()
         self._thread.start()
 
     def _look(self) -> None:
         while not self._done.wait(0.0002):
-            try:
-                text: Optional[str] = self._path.read_text()
-            except FileNotFoundError:
-                text = None
-            if self.texts[-1:] != [text]:
-                self.texts.append(text)
+            self._note()
+
+    def _note(self) -> None:
+        try:
+            text: Optional[str] = self._path.read_text()
+        except FileNotFoundError:
+            text = None
+        if self.texts[-1:] != [text]:
+            self.texts.append(text)
 
     def __enter__(self) -> Sight:
         return self
@@ -246,10 +250,11 @@ def test_successor_publishes_its_own_text(
 
     with Sight(record) as sight:
         first.end(signal.SIGKILL)
-        eventually(second.is_leading)
+        eventually(lambda: len(sight.texts) == 2)
         second.do("""publication.replace('{"a":3}')""")
+        eventually(lambda: len(sight.texts) == 3)
 
-        eventually(lambda: sight.texts == ['{"a":1}', '{"a":2}', '{"a":3}'])
+    assert sight.texts == ['{"a":1}', '{"a":2}', '{"a":3}']
 
 
 def test_replacing_while_standing_by_counts_after_the_take_over(
