@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Callable
 
+_ROOT = __name__.rpartition(".")[0]  # selfhost, by the name that it has here
+_SIDES = {f"{_ROOT}.{side}": side for side in ("worker", "frontend", "discovery")}  # a copy may lack some
+
 
 def lazy_names(
     package: str, homes: Mapping[str, str]
@@ -20,7 +23,13 @@ def lazy_names(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value: object = getattr(import_module(f".{homes[name]}", package), name)
+        try:
+            module = import_module(f".{homes[name]}", package)
+        except ModuleNotFoundError as error:
+            # No AttributeError: `from ... import` would put a text of its own in the place of this one.
+            message = f"cannot load {name} of {package}: {_lack(str(error.name))}"
+            raise ModuleNotFoundError(message, name=error.name) from error
+        value: object = getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 
@@ -28,3 +37,10 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return load, names
+
+
+def _lack(module: str) -> str:
+    """Say what it means that a module is not there."""
+    if module in _SIDES:
+        return f"this copy of selfhost has no {_SIDES[module]} side"
+    return f"it needs {module!r}, which cannot be found"

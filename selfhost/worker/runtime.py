@@ -326,7 +326,7 @@ def _open_discovery(settings: Settings) -> Discovery:
     from ..discovery import open_discovery  # loads the backends: only where none was passed in
 
     discovery = open_discovery(settings.discovery_backend, settings.file_kv)
-    if settings.shared_dir is None or settings.discovery_backend == "mem":  # which each process has its own of
+    if settings.shared_dir is None or settings.discovery_backend == "mem":  # each process has its own memory
         return discovery
     from ..discovery.shared import SharedDiscovery
 
