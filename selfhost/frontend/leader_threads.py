@@ -37,9 +37,11 @@ class LeaderThreads(Generic[Job]):
         self._threads: list[threading.Thread] = []  # those, and some that have ended
 
     def start(self) -> None:
-        """Begin to wait for jobs."""
+        """Begin to wait for jobs; RuntimeError where the system has no thread to give."""
         with self._lock:
             self._start_leader()
+            if not self._has_leader:
+                raise RuntimeError("can't start new thread")
 
     def join(self, timeout: float) -> None:
         """Wait until all threads have ended, but for the calling one; `timeout` seconds at most."""

@@ -90,10 +90,18 @@ class ModelWatcher:
     # -------------------------------------------------------------- life
 
     def start(self) -> ModelWatcher:
-        """Begin to follow the discovery; return self. To be called once."""
+        """Begin to follow the discovery; return self. To be called once.
+
+        Raises DiscoveryError where the system has no threads to give; nothing runs then.
+        """
         atexit.register(self._close_at_exit)  # until closed, this keeps the watcher alive
-        self._watching.start()
-        self._resolving.start()
+        try:
+            self._resolving.start()
+            self._watching.start()
+        except RuntimeError as error:
+            self.close()
+            message = f"cannot watch for models: {error}; the process is at its limit (ulimit -u)"
+            raise DiscoveryError(message, backend=self._discovery.name) from error
         return self
 
     def close(self, timeout: float = 5.0) -> None:
