@@ -40,8 +40,6 @@ class LeaderThreads(Generic[Job]):
         """Begin to wait for jobs; RuntimeError where the system has no thread to give."""
         with self._lock:
             self._start_leader()
-            if not self._has_leader:
-                raise RuntimeError("can't start new thread")
 
     def join(self, timeout: float) -> None:
         """Wait until all threads have ended, but for the calling one; `timeout` seconds at most."""
@@ -60,6 +58,8 @@ class LeaderThreads(Generic[Job]):
         try:
             thread.start()
         except RuntimeError as error:  # the system gives no more threads, or the interpreter exits
+            if not self._count:
+                raise
             logger.warning("going on with %d threads: %s", self._count, error)
             return
         self._has_leader = True
