@@ -476,7 +476,7 @@ def test_real_files_are_kept_and_come_back(
     resolver = make_resolver()
     publish(serve("http://a", {"config.json": b"{}"}, name="m"))
     years_later = BlobCache(resolver.cache.root, clock=lambda: time.time() + 1e8)
-    with ModelWatcher(discovery, resolver, poll_seconds=0.01, check_seconds=0.01) as watcher:
+    with ModelWatcher(discovery, resolver, poll_seconds=0.01, check_seconds=0.5) as watcher:
         model = watcher.wait_ready("m", SECONDS)
         years_later.collect(max_bytes=0)
         assert os.listdir(model.local_dir) == ["config.json"]
