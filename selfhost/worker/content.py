@@ -96,6 +96,13 @@ class MemoryContent:
         self.data: Optional[bytes] = data  # None once the sealed file has it
         self._sealed: Optional[Descriptor] = None
 
+    @classmethod
+    def from_sealed(cls, hex: str, size: int, sealed: Descriptor) -> MemoryContent:
+        """Return the content of a sealed file that another process made."""
+        content = cls(hex, b"")
+        content.size, content.data, content._sealed = size, None, sealed
+        return content
+
     @property
     def checksum(self) -> Checksum:
         """The checksum of the bytes."""
@@ -130,40 +137,43 @@ class MemoryContent:
 class HeldFile:
     """Content too large for memory: an open file that must not change; see the module's docstring."""
 
-    __slots__ = ("_descriptor", "_is_reported", "_path", "_pinned", "checksum", "hex", "size", "users")
+    __slots__ = ("_is_reported", "checksum", "descriptor", "hex", "mtime_ns", "path", "size", "users")
     data = None  # nothing in memory
 
-    def __init__(self, checksum: Checksum, descriptor: Descriptor, path: str, pinned: os.stat_result) -> None:
+    def __init__(
+        self, checksum: Checksum, descriptor: Descriptor, path: str, size: int, mtime_ns: int
+    ) -> None:
         self.checksum = checksum
         self.hex = checksum.hex
-        self.size = pinned.st_size
+        self.size = size
+        self.mtime_ns = mtime_ns  # of the file, when it was hashed
         self.users = 0  # kept by the registry
-        self._descriptor = descriptor
-        self._path = path
-        self._pinned = pinned.st_size, pinned.st_mtime_ns
+        self.descriptor = descriptor
+        self.path = path
         self._is_reported = False
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` up to `stop`, or raise OSError if the file is not what was hashed."""
-        data = os.pread(self._descriptor.fd, stop - start, start)
+        data = os.pread(self.descriptor.fd, stop - start, start)
         if not self.is_intact() or len(data) != stop - start:  # after the read: what came is unchanged
-            raise OSError(errno.ESTALE, "the file changed after it was hashed and registered", self._path)
+            raise OSError(errno.ESTALE, "the file changed after it was hashed and registered", self.path)
         return data
 
     def is_intact(self) -> bool:
         """Tell whether the file is still the one that was hashed; warn once if it is not."""
         try:
-            status = os.fstat(self._descriptor.fd)
+            status = os.fstat(self.descriptor.fd)
             found = status.st_size, status.st_mtime_ns
         except OSError:  # a network disk that forgot the file
             found = -1, -1
-        if found != self._pinned and not self._is_reported:
+        pinned = self.size, self.mtime_ns
+        if found != pinned and not self._is_reported:
             self._is_reported = True
             logger.warning(
                 "%r is no longer served: (size, mtime in ns) was %r when it was hashed and is %r now; "
-                "register the model again", self._path, self._pinned, found,
+                "register the model again", self.path, pinned, found,
             )  # fmt: skip
-        return found == self._pinned
+        return found == pinned
 
     def sealed(self) -> None:
         """Return None: sendfile would send bytes that nobody has compared with the stamp."""
@@ -223,7 +233,7 @@ def _hold(path: str, fd: int, before: os.stat_result) -> Content:
     checksum, size = hash_fd(fd, before.st_size)
     if size != before.st_size or _stamp(os.fstat(fd)) != _stamp(before):
         raise OSError(errno.EBUSY, "changed while it was hashed", path)
-    return HeldFile(checksum, held, path, before)
+    return HeldFile(checksum, held, path, before.st_size, before.st_mtime_ns)
 
 
 def _pread_exactly(fd: int, start: int, stop: int) -> bytes:

@@ -22,15 +22,22 @@ import logging
 import os
 import socket
 import threading
-from typing import Optional
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Optional, Union
 
-from ..errors import StatusServerError
+from ..errors import SettingsError, StatusServerError
 from ..settings import ServerLimits
 from .access import Access
+from .counters import ServerCounters
 from .event_loop import EventLoop
 from .registry import MetadataArtifactRegistry
 from .site import EndpointStates, Site
 from .tls import TlsFiles
+
+if TYPE_CHECKING:
+    from .process import ServerProcess
+
+    Serving = Union[EventLoop, ServerProcess]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,10 @@ class SystemStatusServer:
     `endpoints` is asked at each /health for the state of each endpoint, by name: the answer is 200 if there
     is one and all are "ready", else 503; without it always 200, as /live is. Nothing is opened before
     `start`, which raises StatusServerError if the address cannot be bound.
+
+    `isolation` is "thread", or "process" for a host that hogs the interpreter: a small process of its own
+    (see process.py), told of the endpoints' states once a second and at `states_changed`. `access` None lets
+    everybody see metadata; `index` lists it at /v1/metadata. Raises SettingsError for another isolation.
     """
 
     def __init__(
@@ -63,6 +74,10 @@ class SystemStatusServer:
     ) -> None:
         self.registry = registry
         self.limits = limits or ServerLimits()
+        if isolation not in ("thread", "process"):
+            accepted = "thread or process"
+            message = f"isolation is {isolation!r}, expected {accepted}"
+            raise SettingsError(message, variable="DYN_SYSTEM_ISOLATION", value=isolation, accepted=accepted)
         self.isolation = isolation
         self._requested = (host, port)
         self._endpoints = endpoints
@@ -70,7 +85,7 @@ class SystemStatusServer:
         self._access = access
         self._index = index
         self._state_lock = threading.RLock()  # start and close, not the loop
-        self._loop: Optional[EventLoop] = None
+        self._loop: Optional[Serving] = None
 
     # -------------------------------------------------------------- life
 
@@ -78,7 +93,8 @@ class SystemStatusServer:
         """Bind, listen and serve; return self. Harmless when already running.
 
         Raises StatusServerError, in the caller's thread, if the address is taken or is none of this host,
-        or if the process has no thread or descriptor left.
+        if the process has no thread or descriptor left, or if a process of its own cannot be launched;
+        SettingsError for certificates that cannot be used.
         """
         with self._state_lock:
             if self._loop is None:
@@ -135,33 +151,60 @@ class SystemStatusServer:
 
     def states_changed(self) -> None:
         """Say that the state of an endpoint has changed: /health tells the new one from now on."""
+        loop = self._loop
+        if loop is not None and not isinstance(loop, EventLoop):
+            loop.states_changed()
+
+    def counters(self) -> ServerCounters:
+        """Return what the server has done since it started; of a process, since that was launched."""
+        loop = self._loop
+        return loop.counters if loop else ServerCounters()
 
     @property
     def open_connections(self) -> int:
         """How many clients are connected."""
-        loop = self._loop
-        return len(loop.connections) if loop else 0
+        return self.counters().open_connections
 
     def __repr__(self) -> str:
         return f"<SystemStatusServer {self.address} {'running' if self.is_running else 'stopped'}>"
 
-    def _start_loop(self, listener: socket.socket) -> EventLoop:
-        loop: Optional[EventLoop] = None
+    def _start_loop(self, listener: socket.socket) -> Serving:
+        loop: Optional[Serving] = None
         try:
-            site = Site(self.registry, endpoints=self._endpoints, access=self._access, index=self._index)
-            loop = EventLoop(site, listener, self.limits, self._tls)
+            loop = self._make_loop(listener)
             loop.start()
             return loop
         except BaseException as error:
             listener.close()
             if loop is not None:
                 loop.close_descriptors()
-            if not isinstance(error, (OSError, RuntimeError)):
+            if not isinstance(error, (OSError, RuntimeError, StatusServerError)):
                 raise
+            limits = "; the process is at its limit of threads, descriptors or memory (ulimit -a)"
+            why = f"{error}{'' if isinstance(error, StatusServerError) else limits}"
             address = _url_host(*self._requested)
-            message = f"the status server cannot run on {address}: {error}"
-            limits = "the process is at its limit of threads, descriptors or memory (ulimit -a)"
-            raise StatusServerError(f"{message}; {limits}", address=address) from error
+            message = f"the status server cannot run on {address}: {why}"
+            raise StatusServerError(message, address=address) from error
+
+    def _make_loop(self, listener: socket.socket) -> Serving:
+        if self.isolation == "process":
+            from .process import ServerProcess
+
+            if self._tls is not None:
+                self._tls.check()
+            return ServerProcess(self.registry, listener, self._options, self._endpoints)
+        site = Site(self.registry, endpoints=self._endpoints, access=self._access, index=self._index)
+        return EventLoop(site, listener, self.limits, self._tls)
+
+    def _options(self) -> dict[str, Any]:
+        """Return what the process of its own is to know, as plain values."""
+        return {
+            "limits": asdict(self.limits),
+            "tls": None if self._tls is None else asdict(self._tls),
+            "token": None if self._access is None else self._access.token,
+            "token_file": None if self._access is None else self._access.token_file,
+            "index": self._index,
+        }
 
     def _abandon(self) -> None:
         """In a forked child: close the copies of the parent's sockets and forget its thread."""

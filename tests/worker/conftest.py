@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -15,6 +17,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 import pytest
+import trustme
 from helpers import TIMEOUT, poll_until
 
 import selfhost
@@ -27,6 +30,7 @@ from selfhost.settings import Settings
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.runtime import DistributedRuntime
 from selfhost.worker.server import SystemStatusServer
+from selfhost.worker.tls import TlsFiles
 
 
 class RawAnswer(NamedTuple):
@@ -90,14 +94,20 @@ def wait_until() -> Callable[..., bool]:
 
 
 @pytest.fixture
+def isolation() -> str:
+    """Return where the test's servers run; test modules with tests for both have a fixture of this name."""
+    return "thread"
+
+
+@pytest.fixture
 def start_server(
-    leaves_nothing: None, registry: MetadataArtifactRegistry
+    leaves_nothing: None, registry: MetadataArtifactRegistry, isolation: str
 ) -> Iterator[Callable[..., SystemStatusServer]]:
     """Start servers over the test's registry; they end with the test, and what is registered goes."""
     servers: list[SystemStatusServer] = []
 
     def start(*address: Any, **options: Any) -> SystemStatusServer:
-        servers.append(SystemStatusServer(registry, *address, **options))
+        servers.append(SystemStatusServer(registry, *address, **{"isolation": isolation, **options}))
         return servers[-1].start()
 
     yield start
@@ -293,3 +303,58 @@ def start_runtime(
 def runtime(start_runtime: Callable[..., DistributedRuntime]) -> DistributedRuntime:
     """Return a runtime that self-hosts."""
     return start_runtime(self_host_metadata=True)
+
+
+# ------------------------------------------------------------------ TLS
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Return the certificate authority of servers and clients."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_files(authority: trustme.CA, tmp_path: Path) -> TlsFiles:
+    """Return the files of a server on loopback."""
+    files = TlsFiles(str(tmp_path / "server.pem"), str(tmp_path / "server.key"))
+    write_certificate(files, authority.issue_cert("127.0.0.1"))
+    return files
+
+
+def write_certificate(files: TlsFiles, cert: trustme.LeafCert) -> None:
+    """Put a certificate and its key into the files of a server."""
+    Path(files.cert).write_bytes(b"".join(pem.bytes() for pem in cert.cert_chain_pems))
+    Path(files.key or files.cert).write_bytes(cert.private_key_pem.bytes())
+
+
+@pytest.fixture
+def start_tls(
+    start_server: Callable[..., SystemStatusServer], tls_files: TlsFiles
+) -> Callable[..., SystemStatusServer]:
+    """Start servers with these files; they end with the test."""
+    return functools.partial(start_server, tls=tls_files)
+
+
+@pytest.fixture
+def client_tls(authority: trustme.CA) -> ssl.SSLContext:
+    """Return the context of a client that trusts the authority and has no certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def connect_tls(connect: Any, client_tls: ssl.SSLContext) -> Callable[..., RawClient]:
+    """Connect raw clients by TLS, with a context of their own where given; they hang up with the test."""
+
+    def connect_to(
+        server: SystemStatusServer, context: ssl.SSLContext = client_tls, **options: Any
+    ) -> RawClient:
+        client: RawClient = connect(server, **options)
+        client._file.close()
+        client.sock = context.wrap_socket(client.sock, server_hostname=server.host)
+        client._file = client.sock.makefile("rb")
+        return client
+
+    return connect_to

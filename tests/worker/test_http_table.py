@@ -386,7 +386,7 @@ def serve_foreign(kind: str, directory: Path, exchange: Any) -> Iterator[Ask]:
 
 
 KINDS = [
-    "app", "embedded", "wsgiref", "dispatcher", "waitress", "gunicorn-sync", "gunicorn-gthread",
+    "app", "embedded", "embedded-process", "wsgiref", "dispatcher", "waitress", "gunicorn-sync", "gunicorn-gthread",
     "gunicorn-script-name",
 ]  # fmt: skip
 
@@ -403,13 +403,13 @@ def ask(
     kind = request.param
     if kind == "app":
         yield from serve_in_process(site, parse)
-    elif kind == "embedded":
-        yield from serve_embedded(site, exchange)
+    elif kind.startswith("embedded"):
+        yield from serve_embedded(site, exchange, isolation="process" if "-" in kind else "thread")
     else:
         yield from serve_foreign(kind, tmp_path_factory.mktemp(kind), exchange)
 
 
-@pytest.fixture(scope="module", params=["app", "embedded"])
+@pytest.fixture(scope="module", params=["app", "embedded", "embedded-process"])
 def ask_guarded(
     request: pytest.FixtureRequest, site: MetadataArtifactRegistry, parse: Any, exchange: Any
 ) -> Iterator[Ask]:
@@ -417,7 +417,8 @@ def ask_guarded(
     if request.param == "app":
         yield from serve_in_process(site, parse, token=TOKEN, index=True)
     else:
-        yield from serve_embedded(site, exchange, access=Access(TOKEN), index=True)
+        isolation = "process" if "-" in request.param else "thread"
+        yield from serve_embedded(site, exchange, access=Access(TOKEN), index=True, isolation=isolation)
 
 
 # ------------------------------------------------------------------ the table

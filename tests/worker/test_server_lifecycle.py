@@ -18,6 +18,12 @@ HUGE = os.urandom(2_000_000) * 6  # more than the kernel's buffers take
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 
+@pytest.fixture(params=["thread", "process"])
+def isolation(request: pytest.FixtureRequest) -> str:
+    """Return where the server runs."""
+    return str(request.param)
+
+
 def is_free(port: int) -> bool:
     """Tell whether nobody listens on a port of loopback."""
     with socket.socket() as sock:
@@ -27,14 +33,16 @@ def is_free(port: int) -> bool:
 # ------------------------------------------------------------------ start and stop
 
 
-def test_start_and_stop_two_hundred_times(registry: MetadataArtifactRegistry, connect: Any) -> None:
+def test_start_and_stop_again_and_again(
+    registry: MetadataArtifactRegistry, connect: Any, isolation: str
+) -> None:
     """Threads and descriptors are at the base line each time, and the very port is free again."""
-    server = SystemStatusServer(registry).start()  # catalogue 145
+    server = SystemStatusServer(registry, isolation=isolation).start()  # catalogue 145
     port, threads = server.port, threading.active_count() - 1
     server.close()
     descriptors = len(os.listdir("/dev/fd"))
-    for _ in range(200):
-        with SystemStatusServer(registry, port=port) as server:
+    for _ in range(200 if isolation == "thread" else 20):
+        with SystemStatusServer(registry, port=port, isolation=isolation) as server:
             client = connect(server).get("/live")
             assert client.answer().status == 200
             client.close()
@@ -48,7 +56,7 @@ def test_stop_twice(server: SystemStatusServer) -> None:
     server.close()
     server.close()
 
-    SystemStatusServer(server.registry).close()
+    SystemStatusServer(server.registry, isolation=server.isolation).close()
     assert not server.is_running
 
 
@@ -79,7 +87,7 @@ def test_start_and_stop_from_many_threads(server: SystemStatusServer) -> None:
         thread.join()
 
     server.close()
-    assert not [t for t in threading.enumerate() if t.name == "selfhost-status-server"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("selfhost-status-")]
 
 
 def test_address_is_told(start_server: Any) -> None:
@@ -146,11 +154,20 @@ def test_stop_does_not_wait_for_silent_clients(
     assert [client.rest() for client in clients] == [b""] * 10
 
 
-def test_stop_from_the_callback(registry: MetadataArtifactRegistry, connect: Any, wait_until: Any) -> None:
+def test_stop_from_the_callback(
+    registry: MetadataArtifactRegistry, connect: Any, wait_until: Any, isolation: str
+) -> None:
     """A host that stops the server from within its own callback is not waited for by itself."""
-    server = SystemStatusServer(registry, endpoints=lambda: server.close() or {})  # type: ignore[func-returns-value]
-    server.start()
+    is_started = threading.Event()
+
+    def stop_once_started() -> dict[str, str]:
+        if is_started.is_set():
+            server.close()
+        return {}
+
+    server = SystemStatusServer(registry, endpoints=stop_once_started, isolation=isolation).start()
     port = server.port
+    is_started.set()
     connect(server).get("/health")
 
     assert wait_until(lambda: is_free(port) and not server.is_running)
@@ -170,17 +187,17 @@ def test_stop_from_the_callback(registry: MetadataArtifactRegistry, connect: Any
         ("127.0.0.1", -1),
     ],
 )
-def test_unusable_address(host: str, port: int, registry: MetadataArtifactRegistry) -> None:
+def test_unusable_address(host: str, port: int, registry: MetadataArtifactRegistry, isolation: str) -> None:
     """An address that cannot be bound raises in the caller, names it and says what to do."""
     with pytest.raises(StatusServerError, match="DYN_SYSTEM_HOST") as caught:
-        SystemStatusServer(registry, host, port).start()
+        SystemStatusServer(registry, host, port, isolation=isolation).start()
 
     assert caught.value.address == f"{host}:{port}"
 
 
 def test_taken_port(server: SystemStatusServer, connect: Any) -> None:
     """A port that is taken raises, and whoever has it goes on."""
-    second = SystemStatusServer(server.registry, port=server.port)
+    second = SystemStatusServer(server.registry, port=server.port, isolation=server.isolation)
 
     with pytest.raises(StatusServerError, match="in use"):
         second.start()
@@ -191,7 +208,7 @@ def test_taken_port(server: SystemStatusServer, connect: Any) -> None:
 
 def test_failed_start_may_be_repeated(server: SystemStatusServer, connect: Any) -> None:
     """Once the port is free the same object starts."""
-    second = SystemStatusServer(server.registry, port=server.port)
+    second = SystemStatusServer(server.registry, port=server.port, isolation=server.isolation)
     with pytest.raises(StatusServerError):
         second.start()
     server.close()
@@ -213,13 +230,13 @@ def test_name_with_an_address_of_an_unknown_family(
 
 
 NO_THREAD = """
-import os, resource, threading
+import os, resource, sys, threading
 from selfhost.errors import StatusServerError
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
 
-server = SystemStatusServer(MetadataArtifactRegistry())
-SystemStatusServer(server.registry).start().close()
+server = SystemStatusServer(MetadataArtifactRegistry(), isolation=sys.argv[1])
+SystemStatusServer(server.registry, isolation=sys.argv[1]).start().close()
 before = sorted(os.listdir("/dev/fd"))
 threading.stack_size(1 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
@@ -235,9 +252,9 @@ server.start().close()
 """
 
 
-def test_no_thread_to_be_had(run_script: Any) -> None:
+def test_no_thread_to_be_had(run_script: Any, isolation: str) -> None:
     """A process that can have no more threads gets one clear error, and keeps no descriptor."""
-    done = run_script(NO_THREAD)
+    done = run_script(NO_THREAD, isolation)
 
     assert (done.stderr, done.returncode) == ("", 0)
     assert "can't start new thread" in done.stdout
@@ -250,10 +267,11 @@ from selfhost.errors import StatusServerError
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
 
-server = SystemStatusServer(MetadataArtifactRegistry(), "127.0.0.1")
+isolation, most = sys.argv[1], int(sys.argv[2])
+server = SystemStatusServer(MetadataArtifactRegistry(), "127.0.0.1", isolation=isolation)
 server.start().close()
 used = len(os.listdir("/dev/fd")) - 1
-for spare in range(4):  # the listener, the selector and the pair that wakes it up take four
+for spare in range(most):
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, 4096))
     try:
         server.start()
@@ -265,9 +283,12 @@ server.start().close()
 """
 
 
-def test_no_descriptor_to_be_had(run_script: Any) -> None:
+def test_no_descriptor_to_be_had(run_script: Any, isolation: str) -> None:
     """Whichever descriptor is missing, the start raises one kind of error and keeps none of the others."""
-    done = run_script(NO_DESCRIPTOR)
+    # A thread takes four: the listener, the selector and the pair that wakes it up. A process takes the
+    # listener, two pairs and, while it is launched, two pipes and /dev/null.
+    needed = 4 if isolation == "thread" else 10
+    done = run_script(NO_DESCRIPTOR, isolation, str(needed))
 
     assert (done.stderr, done.returncode) == ("", 0)
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == needed

@@ -1,4 +1,4 @@
-"""The status server at the exit of its interpreter, and in forked and spawned children."""
+"""The status server at the exit of its interpreter, and in forked and spawned children of its host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(params=["thread", "process"])
+def run_host(request: pytest.FixtureRequest, run_script: Any) -> Any:
+    """Return the function that runs code in a host, whose servers run as ISOLATION says."""
+    return lambda code, *args, **options: run_script(
+        f"ISOLATION = {request.param!r}\n{code}", *args, **options
+    )
+
 
 # ------------------------------------------------------------------ exits of the interpreter
 
@@ -18,7 +27,7 @@ from selfhost.worker.server import SystemStatusServer
 
 registry = MetadataArtifactRegistry()
 TARGET = registry.register("m", "_base", "f.json", pin_bytes(b"x" * 12_000_000)).targets["f.json"]
-server = SystemStatusServer(registry)
+server = SystemStatusServer(registry, isolation=ISOLATION)
 
 def get(port, target=TARGET):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -47,10 +56,10 @@ def get(port, target=TARGET):
         ("server.start(); server.close()", 0, ""),
     ],
 )
-def test_exit_with_the_server_running(ending: str, code: int, said: str, run_script: Any) -> None:
+def test_exit_with_the_server_running(ending: str, code: int, said: str, run_host: Any) -> None:
     """However the interpreter ends, a running server neither delays it nor says a word."""  # catalogue 146
     started = time.monotonic()
-    done = run_script(PRELUDE + ending)
+    done = run_host(PRELUDE + ending)
 
     assert done.returncode == code
     assert done.stdout == ""
@@ -58,7 +67,7 @@ def test_exit_with_the_server_running(ending: str, code: int, said: str, run_scr
     assert time.monotonic() - started < 4.0  # the start of the interpreter included
 
 
-def test_client_that_leaves_sends_no_sigpipe(run_script: Any) -> None:
+def test_client_that_leaves_sends_no_sigpipe(run_host: Any) -> None:
     """Where the host wants SIGPIPE to end it, a client that hangs up must not."""
     code = """
 import signal
@@ -72,12 +81,12 @@ for _ in range(5):
 assert get(server.port) == 12_000_000
 print("lives")
 """
-    done = run_script(PRELUDE + code)
+    done = run_host(PRELUDE + code)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "lives\n", "")
 
 
-def test_exit_within_a_transfer(run_script: Any) -> None:
+def test_exit_within_a_transfer(run_host: Any) -> None:
     """A client that takes its answer slowly delays the exit by a second at most."""
     code = """
 import atexit
@@ -89,13 +98,13 @@ client.recv(100)
 client.detach()
 started = time.monotonic()
 """
-    done = run_script(PRELUDE + code)
+    done = run_host(PRELUDE + code)
 
     assert done.stderr == ""
     assert 0.9 < float(done.stdout) < 2.0
 
 
-def test_start_when_the_interpreter_ends(run_script: Any) -> None:
+def test_start_when_the_interpreter_ends(run_host: Any) -> None:
     """A start in an atexit hook works or raises the one error, and never hangs."""
     code = """
 from selfhost.errors import StatusServerError
@@ -107,7 +116,7 @@ def late():
         pass
 atexit.register(late)
 """
-    done = run_script(PRELUDE + code)
+    done = run_host(PRELUDE + code)
 
     assert (done.stderr, done.returncode) == ("", 0)
 
@@ -135,7 +144,7 @@ server.start()
 )
 
 
-def test_child_has_no_running_server(run_script: Any) -> None:
+def test_child_has_no_running_server(run_host: Any) -> None:
     """A forked child has no server, keeps none of its sockets, and can neither use nor disturb it."""
     code = """
 idle = socket.create_connection((server.host, server.port))
@@ -164,12 +173,12 @@ idle.sendall(b"GET /nothing HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
 assert idle.recv(100).startswith(b"HTTP/1.1 404")
 assert get(server.port) == 12_000_000
 """
-    done = run_script(FORKING + code)
+    done = run_host(FORKING + code)
 
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_child_that_lives_on_holds_no_port(run_script: Any) -> None:
+def test_child_that_lives_on_holds_no_port(run_host: Any) -> None:
     """When the parent stops, the port is free and clients see the end, though a child lives."""
     code = """
 client = socket.create_connection((server.host, server.port))
@@ -187,16 +196,16 @@ port = server.port
 server.close()
 client.settimeout(5)
 assert client.recv(1) == b""
-SystemStatusServer(registry, port=port).start().close()
+SystemStatusServer(registry, port=port, isolation=ISOLATION).start().close()
 os.write(writer, b"x")
 assert ended_well(pid)
 """
-    done = run_script(FORKING + code)
+    done = run_host(FORKING + code)
 
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_child_starts_a_server_of_its_own(run_script: Any) -> None:
+def test_child_starts_a_server_of_its_own(run_host: Any) -> None:
     """A child may start its own server over the registry that it inherited; both serve."""
     code = """
 reader, writer = os.pipe()
@@ -214,12 +223,12 @@ os.write(stop_writer, b"x")
 assert ended_well(pid)
 assert get(server.port) == 12_000_000
 """
-    done = run_script(FORKING + code)
+    done = run_host(FORKING + code)
 
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_child_that_exits_like_a_program(run_script: Any) -> None:
+def test_child_that_exits_like_a_program(run_host: Any) -> None:
     """A child that runs its exit hooks leaves the parent's server alone."""
     code = """
 pid = os.fork()
@@ -228,12 +237,12 @@ if pid == 0:
 assert ended_well(pid)
 assert get(server.port) == 12_000_000
 """
-    done = run_script(FORKING + code)
+    done = run_host(FORKING + code)
 
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_forks_under_load(run_script: Any) -> None:
+def test_forks_under_load(run_host: Any) -> None:
     """200 forks while clients download and files are registered: no child hangs, no download breaks."""
     code = """
 stop = threading.Event()
@@ -268,19 +277,21 @@ stop.set()
 for thread in threads:
     thread.join()
 """  # catalogue 43
-    done = run_script(FORKING + code, timeout=60)
+    done = run_host(FORKING + code, timeout=60)
 
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
-def test_child_of_a_worker_leaves_its_card(run_script: Any, model_dir: Any, tmp_path: Path) -> None:
+def test_child_of_a_worker_leaves_its_card(run_host: Any, model_dir: Any, tmp_path: Path) -> None:
     """A child that leaves the worker's blocks and exits withdraws neither card nor routes."""
     code = """
 from selfhost import DistributedRuntime, LocalModel, Settings
 from selfhost.discovery import Bucket
 
 model_path, store = sys.argv[1:]
-settings = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=0, file_kv=store)
+settings = Settings(
+    self_host_metadata=True, system_host="127.0.0.1", system_port=0, file_kv=store, isolation=ISOLATION
+)
 with DistributedRuntime(settings) as runtime, LocalModel.load(model_path, name="m") as model:
     model.attach(runtime.endpoint("ns.comp.ep"))
     pid = os.fork()
@@ -292,7 +303,7 @@ with DistributedRuntime(settings) as runtime, LocalModel.load(model_path, name="
     assert len(runtime.discovery.records(Bucket.MODELS)) == 1
     assert get(runtime.status_server.port, "/v1/metadata/m/_base/config.json") == model.files[0].size
 """
-    done = run_script(FORKING.replace("server.start()\n", "") + code, model_dir(), str(tmp_path / "kv"))
+    done = run_host(FORKING.replace("server.start()\n", "") + code, model_dir(), str(tmp_path / "kv"))
 
     assert (done.stderr, done.returncode) == ("", 0)
 
@@ -311,7 +322,7 @@ def serve_once(sender):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing(method: str, run_script: Any, tmp_path: Path) -> None:
+def test_multiprocessing(method: str, run_host: Any, tmp_path: Path) -> None:
     """Children of every start method serve for themselves, while the parent goes on serving."""
     (tmp_path / "child_module.py").write_text(CHILD_MODULE)  # catalogue 148
     code = """
@@ -327,6 +338,6 @@ process.join()
 assert process.exitcode == 0
 assert get(server.port) == 12_000_000
 """
-    done = run_script(FORKING.replace("server.start()\n", "") + code, method, str(tmp_path))
+    done = run_host(FORKING.replace("server.start()\n", "") + code, method, str(tmp_path))
 
     assert (done.stderr, done.returncode) == ("", 0)
