@@ -56,6 +56,7 @@ class Connection:
         "_position", "_received", "_sealed", "_send_until", "_state", "deadline", "sock",
     )  # fmt: skip
     copy_bytes = COPY_BYTES  # what a connection may hold of a file
+    turn_bytes = TURN_BYTES
     uses_sendfile = True
 
     def __init__(self, loop: EventLoop, sock: socket.socket, now: float) -> None:
@@ -238,15 +239,15 @@ class Connection:
 
     def _pump(self, now: float) -> bool:
         """Send as much as the client takes, one turn's worth at most; tell whether all has left."""
-        budget = TURN_BYTES
+        budget = turn = self.turn_bytes
         try:
             while budget > 0 and (self._out or self._position < self._end):
                 budget -= self._send_some()
         except (BlockingIOError, InterruptedError):
             pass
-        self._loop.counters.sent_bytes += TURN_BYTES - budget
+        self._loop.counters.sent_bytes += turn - budget
         if self._out or self._position < self._end:
-            if budget < TURN_BYTES:
+            if budget < turn:
                 self.deadline = min(now + self._loop.limits.stall_seconds, self._send_until)
             self._watch(WRITE)
             return False

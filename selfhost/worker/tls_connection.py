@@ -33,6 +33,7 @@ CHECK_SECONDS = 1.0  # between two looks at the files, which happen only while c
 # One send. OpenSSL tells of no progress within it, so at the least rate it must end before a client counts
 # as stalled; four records.
 PIECE_BYTES = 64 * 1024
+TURN_BYTES = 4 * PIECE_BYTES  # encryption takes a third of a millisecond for that, and others wait meanwhile
 
 
 class TlsPort:
@@ -126,6 +127,7 @@ class TlsConnection(Connection):
 
     __slots__ = ()
     copy_bytes = PIECE_BYTES
+    turn_bytes = TURN_BYTES
     uses_sendfile = False
     sock: TlsSocket
 

@@ -23,6 +23,7 @@ from helpers import TIMEOUT
 from selfhost.settings import ServerLimits
 from selfhost.worker import tls_connection
 from selfhost.worker.content import HeldFile, pin_file
+from selfhost.worker.poller import READ, WRITE
 from selfhost.worker.tls import TlsFiles
 
 SMALL = b'{"a": 1}'
@@ -162,6 +163,29 @@ def test_handshake_byte_by_byte(start_tls: Any, bio_client: Any, serve_bytes: An
     assert client.read(15) == b"HTTP/1.1 200 OK"
 
 
+def test_handshake_that_waits_to_send(
+    start_tls: Any, connect: Any, client_tls: ssl.SSLContext, tls_files: TlsFiles, authority: trustme.CA,
+    wait_until: Any,
+) -> None:  # fmt: skip
+    """A certificate's chain that is longer than what the kernel takes at once leaves in several steps."""
+    with open(tls_files.cert, "ab") as file:
+        file.write(authority.cert_pem.bytes() * 120)
+    server = start_tls()
+    server._loop._listener.setsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+    )  # accepted sockets inherit it
+    client = BioClient(connect(server, receive_buffer=4096).sock, client_tls)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.tls.do_handshake()
+    client.flush()
+    assert wait_until(lambda: {c.sock.wants for c in list(server._loop.connections)} == {WRITE})
+    client.until(client.tls.do_handshake)
+    client.tls.write(request_for("/live"))
+    client.flush()
+
+    assert client.read(15) == b"HTTP/1.1 200 OK"
+
+
 def test_request_in_the_packet_that_ends_the_handshake(start_tls: Any, bio_client: Any) -> None:
     """A request that comes before the server knows that the handshake is over is answered."""
     client = bio_client(start_tls())
@@ -224,6 +248,36 @@ def test_connection_holds_a_piece(
     assert [client.answer().body == HUGE for client in clients] == [True, True]
 
 
+def test_send_takes_a_piece(tls_files: TlsFiles, client_tls: ssl.SSLContext) -> None:
+    """One send encrypts one piece at most, whatever it is given: the others have their turn."""
+    context = tls_files.context()
+    context.sslsocket_class = tls_connection.TlsSocket
+    ends = socket.socketpair()
+
+    def read() -> None:
+        with client_tls.wrap_socket(ends[0], server_hostname="127.0.0.1") as client:
+            while client.recv(1 << 16):
+                pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with context.wrap_socket(ends[1], server_side=True) as sock:
+        assert sock.send(HUGE) == tls_connection.PIECE_BYTES
+    reader.join()
+
+
+def test_send_may_have_to_read(tls_files: TlsFiles) -> None:
+    """Whichever way a call goes, it tells which way it has to wait."""
+    context = tls_files.context()
+    context.sslsocket_class = tls_connection.TlsSocket
+    ends = socket.socketpair()
+    ends[1].setblocking(False)
+    with ends[0], context.wrap_socket(ends[1], server_side=True, do_handshake_on_connect=False) as sock:
+        with pytest.raises(BlockingIOError):
+            sock.send(b"x")  # before the handshake, which it begins by itself
+        assert sock.wants == READ
+
+
 # ------------------------------------------------------------------ which TLS
 
 
@@ -256,6 +310,13 @@ def test_good_ciphers(ciphers: str, start_tls: Any, connect_tls: Any, context: C
 
     assert client.get("/live").answer().status == 200
     assert client.sock.compression() is None
+
+
+def test_plain_http_is_hung_up_on(start_tls: Any, connect: Any) -> None:
+    """Plain HTTP gets a clean end and no answer: not a reset, and nothing of HTTP."""
+    client = connect(start_tls()).send(request_for("/live") * 1000)
+
+    assert len(client.rest()) < 10  # an alert of TLS, at most
 
 
 def test_protocol_is_named(start_tls: Any, connect_tls: Any, context: Context) -> None:
