@@ -190,6 +190,7 @@ class MetadataArtifactRegistry:
         else:
             pinned = list(rows)
             with self._index.lock:
+                self._check_open(slug, suffix)  # again: reading the files took its time
                 added = self._index.add(str(next(self._ids)), slug, suffix, pinned)
         self._index.settle()
         return Registration(added.id, slug, suffix, added.artifacts, self)

@@ -53,6 +53,7 @@ _REMEDIES = {
     errno.ENOENT: "if it was removed, restart the processes that share it",
     errno.EACCES: "all processes that share it must run as one user",
     errno.E2BIG: "register fewer files at once",
+    errno.EBADF: "make another one",
 }  # fmt: skip
 
 
@@ -62,11 +63,13 @@ class Shared:
     def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
         self.folder = SharedFolder(path)
         self._owner: Optional[str] = None  # this process, once it has registered something
+        self._is_closed = False
         self._unsaid: list[Change] = []  # withdrawn while the folder could not be written ...
         self._unneeded: set[str] = set()  # ... and content that may have to go with it
         self._numbers = itertools.count(1)
         self._compact_at = _COMPACT_BYTES
         self._sweep_at = 0.0
+        _install_fork_hooks()
         with self._refusing("share a registry"), self.folder.locked():
             self.folder.claim()
             if not self.folder.has("journal"):
@@ -74,8 +77,7 @@ class Shared:
             self._replica = Replica(self.folder)
             self._replica.catch_up()
             self._sweep_locked(thoroughly=True)
-        _install_fork_hooks()
-        _all.add(self)
+        _all[id(self)] = self
 
     @property
     def index(self) -> ArtifactIndex:
@@ -92,7 +94,7 @@ class Shared:
 
     def register(self, slug: str, suffix: str, pinned: Iterable[Row]) -> Registration:
         """Put files into the folder one after the other, then register them, all or nothing."""
-        files: list[tuple[str, SharedContent]] = []
+        files: list[tuple[Row, SharedContent]] = []
         digests = set()
         try:
             with self._refusing("register", slug, suffix):
@@ -100,7 +102,7 @@ class Shared:
             for row in pinned:
                 digests.add(row.content.hex)
                 with self._refusing("register", slug, suffix):
-                    files.append((row.filename, self._replica.store.put(row.content, owner)))
+                    files.append((row, self._replica.store.put(row.content, owner)))
             with self._refusing("register", slug, suffix):
                 return self._add(slug, suffix, files)
         except BaseException:
@@ -138,41 +140,46 @@ class Shared:
 
     def close(self) -> None:
         """Withdraw what this process registered and let go of the folder; harmless when repeated."""
+        self._is_closed = True  # first: see `_owner_locked`
         owner, self._owner = self._owner, None
         if owner is not None:
             try:
                 with self._writing(_END_SECONDS):
                     self._say(Gone(owner))
             except (OSError, Busy, RegistrationError) as error:
-                logger.debug(
-                    "%r goes without a word: %s", owner, self._reason(error)
-                )  # its lock tells the others
+                # Its lock tells the others.
+                logger.debug("%r goes without a word: %s", owner, self._reason(error))
             with contextlib.suppress(OSError):  # others remove what is left
                 end_owner(self.folder, owner)
         self._replica.close()
         self.folder.close()
 
     def _ensure_owner(self) -> str:
-        if self._owner is None:
+        owner = self._owner
+        if owner is None:
             with self._writing():
-                return self._owner_locked()
-        return self._owner
+                owner = self._owner_locked()
+        return owner
 
     def _owner_locked(self) -> str:
-        if self._owner is None or not self.folder.has(f"owners/{self._owner}"):  # somebody removed it
-            self._owner = new_owner(self.folder)
-        return self._owner
+        owner = self._owner
+        if owner is None or not self.folder.has(f"owners/{owner}"):  # somebody removed it
+            owner = self._owner = new_owner(self.folder)
+        if self._is_closed:  # by a thread that need not have seen this owner
+            end_owner(self.folder, owner)
+            raise OSError(errno.EBADF, "the registry is closed")
+        return owner
 
-    def _add(self, slug: str, suffix: str, files: list[tuple[str, SharedContent]]) -> Registration:
+    def _add(self, slug: str, suffix: str, files: list[tuple[Row, SharedContent]]) -> Registration:
         with self._writing():
             if time.monotonic() >= self._sweep_at:
                 self._sweep_locked()  # the dead first: their contents have the plain URLs
             owner = self._owner_locked()
-            for _, content in files:
-                self._replica.store.ensure(content, owner)
+            for row, content in files:
+                self._replica.store.ensure(content, row.content, owner)
             id = f"{owner}.{next(self._numbers)}"
             try:
-                self._say(self._replica.placed(id, slug, suffix, files))
+                self._say(self._replica.placed(id, slug, suffix, [row for row, _ in files]))
                 registration = self._replica.find(id)
             except BaseException:
                 self._unsaid.append(Remove((id,)))  # it may have been written
@@ -319,26 +326,28 @@ class Shared:
 
 # ------------------------------------------------------------------ forks
 
-_all: weakref.WeakSet[Shared] = weakref.WeakSet()
+_all: weakref.WeakValueDictionary[int, Shared] = weakref.WeakValueDictionary()  # by id
 _forking = threading.local()  # `.held`: what the forking thread has locked
 
 
 def _before_fork() -> None:
-    _forking.held = sorted(_all, key=id)
-    for shared in _forking.held:
+    held = _forking.__dict__.setdefault("held", [])
+    for shared in filter(None, [reference() for reference in _all.valuerefs()]):  # others may add
         shared.index.lock.acquire()
+        held.append(shared)
 
 
 def _after_fork() -> None:
-    for shared in _forking.__dict__.pop("held", ()):
-        shared.index.lock.release()
+    held = _forking.__dict__.get("held", [])
+    while held:  # all: two threads that made the first registries may have installed the hooks twice
+        held.pop().index.lock.release()
 
 
 def _in_child() -> None:
     _after_fork()
     forget_locks()
     forget_owners()
-    for shared in list(_all):
+    for shared in list(_all.values()):
         shared.forget_parent()
 
 

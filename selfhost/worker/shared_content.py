@@ -199,15 +199,13 @@ class ContentStore:
         data = source.data
         if data is not None:
             content.keep(data)
-        if content.size > SMALL_BYTES:
-            content.hold_file()  # for `ensure`
         return content
 
-    def ensure(self, content: SharedContent, owner: str) -> None:
+    def ensure(self, content: SharedContent, source: Content, owner: str) -> None:
         """Write a file that was put here, and removed meanwhile, again; under the lock. Raises OSError."""
         self.contents.setdefault(content.hex, content)
         if not self.folder.has(f"content/{content.hex}"):
-            self._write(content, content, owner)
+            self._write(content, source, owner)
 
     def _write(self, content: SharedContent, source: Content, owner: str) -> None:
         temporary = f"content/.{owner}.{next(self._numbers)}"

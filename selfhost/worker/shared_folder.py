@@ -107,42 +107,38 @@ class SharedFolder:
 
         The kernel gives it back when its holder dies. Raises Busy where others have had it for `seconds`.
         """
-        deadline = time.monotonic() + (self.lock_seconds if seconds is None else seconds)
-        pause = _FIRST_PAUSE
-        while True:
-            held = self._try_lock()
-            if held is not None:
-                break
-            if time.monotonic() >= deadline:
-                raise Busy
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        fd = self.open("lock", os.O_RDWR | os.O_CREAT)
+        _locks.add(fd)
         try:
+            _lock(fd, self.lock_seconds if seconds is None else seconds)
             yield
         finally:
-            _locks.discard(held)
-            # Not only closed: a child forked meanwhile has a copy of the descriptor.
-            fcntl.flock(held.fd, fcntl.LOCK_UN)
-
-    def _try_lock(self) -> Optional[Descriptor]:
-        held = Descriptor(self.open("lock", os.O_RDWR | os.O_CREAT))
-        _locks.add(held)
-        try:
-            fcntl.flock(held.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            _locks.discard(held)
-            if not isinstance(error, BlockingIOError):
-                raise
-            return None
-        return held
+            if fd in _locks:  # else this is a child that was forked meanwhile: the lock is its parent's
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not only closed: such a child had a copy for a moment
+                _locks.discard(fd)
+                os.close(fd)
 
 
-_locks: set[Descriptor] = set()  # held or waited for by threads of this process
+_locks: set[int] = set()  # descriptors of locks that threads of this process hold or wait for
 
 
 def forget_locks() -> None:
-    """In a forked child: the threads that held these are the parent's."""
-    _locks.clear()
+    """In a forked child: close copies of its parent's locks, which would hold them after its death."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+def _lock(fd: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    pause = _FIRST_PAUSE
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() >= deadline:
+            raise Busy
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _open_own(path: str) -> Descriptor:

@@ -17,7 +17,6 @@ from typing import Optional
 
 from ..errors import RegistrationError
 from .artifacts import ArtifactIndex, Registration, Row
-from .content import Content
 from .shared_content import ContentStore
 from .shared_folder import SharedFolder
 from .shared_journal import Add, Change, File, Gone, Journal, Remove, owner_of
@@ -133,12 +132,12 @@ class Replica:
 
     # -------------------------------------------------------------- what a change would be
 
-    def placed(self, id: str, slug: str, suffix: str, files: Iterable[tuple[str, Content]]) -> Add:
+    def placed(self, id: str, slug: str, suffix: str, rows: Iterable[Row]) -> Add:
         """Return the change that registers files now, when all of the journal is read; under the lock."""
         with self.index.lock:
             placed = [
                 Row(name, content, *self.index.place(slug, suffix, name, content.hex))
-                for name, content in files
+                for name, content, *_ in rows
             ]
         return _add_of(id, slug, suffix, placed)
 

@@ -568,6 +568,21 @@ def test_version_changes_with_every_change(registry: MetadataArtifactRegistry) -
     assert registry.version == seen[-1]
 
 
+def test_close_while_files_are_read(registry: MetadataArtifactRegistry, make_file: MakeFile) -> None:
+    """A registration whose files another thread's `close` overtakes is refused."""
+    path = make_file("f", ONE)
+
+    class Closing:
+        def __fspath__(self) -> str:
+            registry.close()
+            return path
+
+    with pytest.raises(RegistrationError, match="the registry is closed"):
+        registry.register("m", "_base", "f", Closing())
+
+    assert registry.is_empty()
+
+
 def test_closed_registry_is_empty_and_stays_so(registry: MetadataArtifactRegistry) -> None:
     """Closing withdraws everything, and what is registered later is refused."""
     mirror = Mirror()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 from helpers import TIMEOUT, poll_until
@@ -19,6 +19,7 @@ from helpers import TIMEOUT, poll_until
 import selfhost
 from selfhost.errors import RegistrationError
 from selfhost.worker.answer import find
+from selfhost.worker.artifacts import Row
 from selfhost.worker.content import pin_bytes
 from selfhost.worker.registry import MetadataArtifactRegistry, Registration
 from selfhost.worker.shared import GHOST_SECONDS
@@ -334,6 +335,27 @@ def test_close_withdraws_at_once_and_leaves_the_folder(
     assert names(folder, "content") == [pin_bytes(TWO).hex]
     with pytest.raises(RegistrationError, match="the registry is closed"):
         one.register("m", "_base", "f", pin_bytes(ONE))
+
+
+def test_close_beside_a_thread_that_registers(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gets the lock before `close` does is refused, and leaves no ghost for the others."""
+    one, other = shared(), shared()
+    one.register("m", "_base", "f", pin_bytes(ONE))
+    real = one._shared.folder.locked
+
+    def locked(seconds: Optional[float] = None) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(RegistrationError, match="the registry is closed; make another one"):
+            one._shared.register("m", "_base", [Row("late", pin_bytes(TWO))])
+        return real(seconds)
+
+    monkeypatch.setattr(one._shared.folder, "locked", locked)
+    one.close()
+
+    assert other.is_empty()
+    assert (names(folder, "owners"), names(folder, "content")) == ([], [])
 
 
 def test_dropped_registry_withdraws_what_it_registered(

@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
@@ -150,10 +151,17 @@ def test_reader_in_flight_goes_on(shared: Callable[[], MetadataArtifactRegistry]
     assert content.read(0, len(LARGE)) == LARGE
 
 
+@pytest.mark.parametrize(("kept_bytes", "open_files"), [(16 * 1024 * 1024, 64), (0, 0)])
 def test_file_that_others_remove_while_it_is_registered_is_written_again(
-    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+    shared: Callable[[], MetadataArtifactRegistry],
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_bytes: int,
+    open_files: int,
 ) -> None:
     """Between putting a file there and registering it, its last registration may go, and the file with it."""
+    monkeypatch.setattr(shared_content, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(shared_content, "OPEN_FILES", open_files)
     one, other = shared(), shared()
     others = [other.register("m", "_base", "f", pin_bytes(data)) for data in (SMALL, LARGE)]
     real = one._shared._add
@@ -169,6 +177,25 @@ def test_file_that_others_remove_while_it_is_registered_is_written_again(
 
     assert content_of(other).read(0, len(SMALL)) == SMALL
     assert content_of(other, "/v1/metadata/m/_base/g").read(0, len(LARGE)) == LARGE
+
+
+def test_threads_that_share_content_do_not_lose_it(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str
+) -> None:
+    """While some register what others take out, each has its file, with the right bytes."""
+    registries = shared(), shared()
+
+    def work(number: int) -> None:
+        registry = registries[number % 2]
+        for _ in range(30):
+            with registry.register("m", "_base", f"f{number}", pin_bytes(LARGE)) as registration:
+                (artifact,) = registration.artifacts
+                assert artifact.content.read(0, len(LARGE)) == LARGE
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
+
+    assert os.listdir(f"{folder}/content") == []
 
 
 def test_file_above_the_limit_of_pinning_is_copied(folder: str, make_file: MakeFile) -> None:

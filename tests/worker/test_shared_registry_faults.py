@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -233,6 +234,95 @@ def test_lock_that_is_never_released(shared: Callable[[], MetadataArtifactRegist
     assert read(shared()) is None
     assert names(folder) == [pin_bytes(TWO).hex]
     registry.close()
+
+
+def test_interrupted_thread_gives_the_lock_back(
+    shared: Callable[[], MetadataArtifactRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception of a signal handler, raised the moment the lock is taken, does not leave it locked."""
+    registry = shared()
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        real(fd, operation)
+        if operation & fcntl.LOCK_EX:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(KeyboardInterrupt):
+        registry.unregister("m", "_base")
+    monkeypatch.undo()
+
+    with shared()._shared.folder.locked(0):
+        pass
+
+
+def test_child_does_not_keep_its_parents_lock(run_script: Any, folder: str) -> None:
+    """A process that was killed with the lock has given it back, although a child of it lives."""
+    done = run_script(
+        """
+        import os, signal, sys, threading, warnings
+        from selfhost.worker.content import pin_bytes
+        from selfhost.worker.registry import MetadataArtifactRegistry
+
+        def hold():
+            with registry._shared.folder.locked():
+                held.set()
+                threading.Event().wait()
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the very subject
+        forked, ended = os.pipe(), os.pipe()
+        if not os.fork():
+            registry, held = MetadataArtifactRegistry(shared=sys.argv[1]), threading.Event()
+            threading.Thread(target=hold, daemon=True).start()
+            held.wait()
+            if os.fork():
+                os.read(forked[0], 1)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(forked[1], b"!")
+            os.close(ended[1])
+            os.read(ended[0], 1)  # until the script ends
+            os._exit(0)
+        os.wait()
+        registry = MetadataArtifactRegistry(shared=sys.argv[1])
+        registry.register("m", "_base", "f", pin_bytes(b"one"))
+        print(len(registry))
+        """,
+        folder,
+    )
+
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_fork_hooks_that_are_installed_twice(run_script: Any, folder: str) -> None:
+    """Two threads that make the first registries may both install them: locks are given back all the same."""
+    done = run_script(
+        """
+        import os, sys, threading
+        from selfhost.worker import shared
+        from selfhost.worker.registry import MetadataArtifactRegistry
+
+        registry = MetadataArtifactRegistry(shared=sys.argv[1])
+        shared._install_fork_hooks.__wrapped__()
+
+        def take():
+            if registry._index.lock.acquire(timeout=1):
+                registry._index.lock.release()
+                print("free")
+                sys.stdout.flush()
+
+        child = os.fork()
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
+        """,
+        folder,
+    )
+
+    assert (done.stdout, done.stderr) == ("free\nfree\n", "")
 
 
 def test_dead_are_withdrawn_although_the_disk_is_full(
