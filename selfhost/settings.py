@@ -104,11 +104,11 @@ class Settings:
             "isolation": lambda: _one_of("DYN_SYSTEM_ISOLATION", env, _ISOLATIONS),
             "shared_dir": lambda: env.get("DYN_SYSTEM_SHARED_DIR") or None,
             "metadata_index": lambda: _is_on("DYN_SYSTEM_METADATA_INDEX", env, cls.metadata_index),
-            "tls_cert": lambda: env.get("DYN_SYSTEM_TLS_CERT") or None,
-            "tls_key": lambda: env.get("DYN_SYSTEM_TLS_KEY") or None,
-            "tls_client_ca": lambda: env.get("DYN_SYSTEM_TLS_CLIENT_CA") or None,
-            "token": lambda: env.get("DYN_SYSTEM_TOKEN", "").strip() or None,
-            "token_file": lambda: env.get("DYN_SYSTEM_TOKEN_FILE") or None,
+            "tls_cert": lambda: _guard("DYN_SYSTEM_TLS_CERT", env),
+            "tls_key": lambda: _guard("DYN_SYSTEM_TLS_KEY", env),
+            "tls_client_ca": lambda: _guard("DYN_SYSTEM_TLS_CLIENT_CA", env),
+            "token": lambda: (_guard("DYN_SYSTEM_TOKEN", env) or "").strip() or None,
+            "token_file": lambda: _guard("DYN_SYSTEM_TOKEN_FILE", env),
             "limits": lambda: ServerLimits.from_env(env),
         }
         return cls(**{**{name: read() for name, read in readers.items() if name not in given}, **given})
@@ -149,6 +149,12 @@ class FrontendSettings:
         )
 
 
+def loader_environment(environ: Optional[Mapping[str, str]] = None) -> dict[str, str]:
+    """Return what a Python that is launched without any environment may need to find its own libraries."""
+    env = os.environ if environ is None else environ
+    return {name: env[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in env}
+
+
 def _place(variable: str, env: Mapping[str, str]) -> Optional[str]:
     """Return the folder that a variable names, None where it is unset or would need a HOME that is none."""
     text = env.get(variable, "")
@@ -182,6 +188,17 @@ def _port(variable: str, env: Mapping[str, str]) -> Optional[int]:
         accepted = "1 to 65535, 0 for any free port, or nothing (or a negative number) for no server"
         raise _unusable(variable, env[variable], accepted)
     return port
+
+
+def _guard(variable: str, env: Mapping[str, str]) -> Optional[str]:
+    """Return what guards the port, None where the variable is unset.
+
+    One that is set but blank is most likely a secret that did not arrive: the port must not stand open then.
+    """
+    text = env.get(variable)
+    if text is not None and not text.strip():
+        raise _unusable(variable, text, "a value, or the variable to be unset")
+    return text
 
 
 def _is_on(variable: str, env: Mapping[str, str], default: bool) -> bool:

@@ -180,3 +180,19 @@ def test_limits_are_read_and_checked() -> None:
 def test_secrets_are_not_shown() -> None:
     """The token stands in no repr, which hosts log."""
     assert "s3cret" not in repr(Settings.from_env({"DYN_SYSTEM_TOKEN": "s3cret"}))
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "DYN_SYSTEM_TOKEN", "DYN_SYSTEM_TOKEN_FILE", "DYN_SYSTEM_TLS_CERT", "DYN_SYSTEM_TLS_KEY",
+        "DYN_SYSTEM_TLS_CLIENT_CA",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_blank_guard_is_an_error(variable: str, blank: str) -> None:
+    """A secret that did not arrive leaves no port open."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({variable: blank})
+
+    assert caught.value.variable == variable

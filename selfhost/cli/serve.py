@@ -310,12 +310,12 @@ def _print_next(settings: Settings, models: Sequence[LocalModel]) -> None:
 
 
 def _needed(settings: Settings) -> list[str]:
-    """Return what clients must have, and which variable of theirs names it."""
+    """Return what clients must have, and which option or variable of theirs names it."""
     needed = []
     if settings.tls_cert is not None:
-        needed.append("to trust the certificate's CA (DYN_MDC_TLS_CA, if the system does not)")
+        needed.append("to trust the certificate's CA (--ca or DYN_MDC_TLS_CA, if the system does not)")
     if settings.tls_client_ca is not None:
-        needed.append("a client certificate (DYN_MDC_TLS_CERT)")
+        needed.append("a client certificate (--cert or DYN_MDC_TLS_CERT)")
     if settings.token is not None or settings.token_file is not None:
-        needed.append("the bearer token (DYN_MDC_TOKENS_FILE)")
+        needed.append("the bearer token (--token-file or DYN_MDC_TOKENS_FILE)")
     return needed

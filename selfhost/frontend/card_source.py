@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Optional
 
 from ..card import json_text
 from ..card import url as urls
 from ..card.model_card import ModelDeploymentCard
-from ..errors import CardError, SizeLimitExceeded, shown_url
+from ..errors import CardError, SizeLimitExceeded, shown_url, without_userinfo
 from .transport import Bytes, Transport, transport_for
 
+_WEB = re.compile("https?:", re.IGNORECASE)
 MAX_CARD_BYTES = 16 << 20  # a card has some kilobytes; one with a thousand files, a few hundred
 
 
@@ -23,9 +25,13 @@ def fetch_card(url: str, transports: Mapping[str, Transport]) -> ModelDeployment
 
 
 def fetch_text(url: str, transports: Mapping[str, Transport]) -> bytes:
-    """Fetch what may be a card; FetchError, CardError if it is too large to be one."""
+    """Fetch what may be a card; FetchError, CardError if it is too large to be one or the URL is none."""
     memory = _Memory()
-    url = urls.normalize(url) or url
+    normalized = urls.normalize(url)
+    if normalized is None and _WEB.match(url):  # it would seem to be a path on a disk
+        message = f"{shown_url(url)} is no URL of a card: expected http(s)://host[:port]/path"
+        raise CardError(message, value=without_userinfo(url))
+    url = normalized or url
     try:
         transport_for(transports, url).fetch(url, memory, max_bytes=MAX_CARD_BYTES)
     except SizeLimitExceeded as error:

@@ -1,7 +1,8 @@
 """diagnose: fetch and verify a card and its files as a frontend would, and say why if that fails.
 
 It goes through the transports of a resolver, under its limits and policies, but asks each source of each file
-once, whatever failed before. What comes is hashed and forgotten: no cache is used and nothing is written.
+once, whatever failed before; only an origin that let a request time out is left alone from then on. What
+comes is hashed and forgotten: no cache is used and nothing is written.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .card_source import fetch_text, parse_card
 from .findings import Diagnosis, FileVerdict, Step
 from .http_tls import BROKEN_OFF
 from .limits import ResolverLimits
-from .remedies import DRIFTED, HTML, NO_SIZE, WRONG_SIZE, Cause, cause_of
+from .remedies import CARD_REFUSED, DRIFTED, HTML, HUNG_UP, NO_SIZE, WRONG_SIZE, Cause, cause_of
 from .transport import Bytes, FetchObserver, Transport, origin_of, transport_for
 from .transports import default_transports
 from .wanted import wanted_by
@@ -99,6 +100,7 @@ class _Examination(FetchObserver):
         self._steps: list[Step] = []
         self._files: list[FileVerdict] = []
         self._notices: dict[str, None] = {}
+        self._silent: dict[str, Step] = {}  # by origin: at which step it let a request time out
         self._subject, self._url, self._is_answered = "", "", False
         self._began = self._since = 0.0
 
@@ -122,14 +124,16 @@ class _Examination(FetchObserver):
             return [(file.basename or "file", file)]
         self._begin("card", source if isinstance(source, str) else "")
         text = source if isinstance(source, bytes) else b""
+        card = source if isinstance(source, ModelDeploymentCard) else None
         try:
             if isinstance(source, str):
                 text = fetch_text(source, transports)
-            card = source if isinstance(source, ModelDeploymentCard) else parse_card(text, "this")
+            card = card or parse_card(text, "this")
             wanted = wanted_by(card, self._limits)
         except (FetchError, CardError) as error:
             is_page = isinstance(error, CardError) and looks_like_html(text)
-            self._fail(error, Cause.named(HTML) if is_page else cause_of(error))
+            problem = HTML if is_page else CARD_REFUSED if card is not None else ""
+            self._fail(error, Cause.named(problem) if problem else cause_of(error))
             return []
         files = list(dict.fromkeys(zip(wanted.names, (file for file, _ in card.iter_metadata_files()))))
         self._done("content", f"{card.display_name!r}, mdcsum {card.mdcsum}, {len(files)} files")
@@ -154,7 +158,15 @@ class _Examination(FetchObserver):
     def _examine(self, name: str, file: CheckedFile, transports: Mapping[str, Transport]) -> None:
         self._begin(name, file.path)
         sink = _HashingSink()
-        problem, may_drift = "", False
+        silent = self._silent.get(origin_of(file.path))
+        problem = self._fetch(file, sink, transports) if silent is None else self._pass_over(silent)
+        seconds = self._clock() - self._began
+        url, size = without_userinfo(file.path), file.size
+        self._files.append(FileVerdict(name, url, str(file.checksum), size, sink.received, seconds, problem))
+
+    def _fetch(self, file: CheckedFile, sink: _HashingSink, transports: Mapping[str, Transport]) -> str:
+        """Fetch and verify; return the problem, "" if there is none."""
+        may_drift = False
         try:
             transport = transport_for(transports, file.path)
             may_drift = transport.may_drift
@@ -162,18 +174,27 @@ class _Examination(FetchObserver):
             sink.verify(file)
             self._done("content", f"{sink.received} bytes{self._rate(sink.received)}, {file.checksum}")
         except (FetchError, VerificationError) as error:
-            problem = self._fail(error, _cause_of_file(error, file, sink, may_drift=may_drift)).problem
-        seconds = self._clock() - self._began
-        url, size = without_userinfo(file.path), file.size
-        self._files.append(FileVerdict(name, url, str(file.checksum), size, sink.received, seconds, problem))
+            cause = self._fail(error, _cause_of_file(error, file, sink, may_drift=may_drift))
+            if isinstance(error, FetchTimeout) and not self._is_answered:
+                self._silent[origin_of(file.path)] = self._steps[-1]
+            return cause.problem
+        return ""
+
+    def _pass_over(self, silent: Step) -> str:
+        """Note that an origin is not asked again: with many files each time-out would be waited for."""
+        detail = f"{origin_of(self._url)} timed out for {silent.subject!r} and is not asked again"
+        self._add(silent.name, detail, Cause(silent.problem, silent.remedy))
+        return silent.problem
 
     def _rate(self, received: int) -> str:
         seconds = self._clock() - self._since
         return f" at {received / seconds / 1e6:.1f} MB/s" if received >= MIN_RATE_BYTES and seconds else ""
 
     def _notice_rates(self) -> None:
-        for origin in dict.fromkeys(origin_of(file.url) for file in self._files):
-            files = [file for file in self._files if origin_of(file.url) == origin]
+        by_origin: dict[str, list[FileVerdict]] = {}
+        for file in self._files:
+            by_origin.setdefault(origin_of(file.url), []).append(file)
+        for origin, files in by_origin.items():
             received, seconds = sum(file.received for file in files), sum(file.seconds for file in files)
             if received >= MIN_RATE_BYTES and received < SLOW_BYTES_PER_SECOND * seconds:
                 self._notice(f"{origin} is slow: {received / seconds / 1e6:.2f} MB/s")
@@ -233,8 +254,9 @@ class _Examination(FetchObserver):
         elif shown not in detail:
             detail = f"{shown}: {detail}"
         step = self._step_of(error)
-        if step == "answer" and cause.problem == "connection broke" and self._url.startswith("https:"):
-            cause = Cause.named(f"tls, {BROKEN_OFF}")  # TLS 1.3 refuses clients after the handshake
+        if step == "answer" and cause.problem == "connection broke":
+            is_tls = self._url.lower().startswith("https:")  # TLS 1.3 refuses clients after the handshake
+            cause = Cause.named(f"tls, {BROKEN_OFF}" if is_tls else HUNG_UP)
         self._add(step, detail, cause)
         return cause
 

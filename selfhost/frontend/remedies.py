@@ -22,6 +22,7 @@ from ..errors import (
 
 # Causes that no error has a class for: whoever sees the bytes and the card knows them.
 HTML, WRONG_SIZE, NO_SIZE, DRIFTED = "HTML page", "wrong size", "too large without a size", "moved on"
+CARD_REFUSED, HUNG_UP = "card refused", "hung up"
 
 _TABLE = """
 host not found: see that this host can resolve the name, and that it is the one that the worker should
@@ -38,6 +39,8 @@ time-out, headers: the port takes connections and does not answer: see whether t
     starved (DYN_SYSTEM_ISOLATION=process helps), and whether something else listens there
 time-out, body: the answer began and stalled: see the load of the worker, and the network between
 time-out, total: it takes longer than a frontend waits: see the network between
+hung up: the other side took the request and closed: it may speak TLS (use https://), be overloaded or about
+    to end: see its log
 connection broke: the worker, or something before it, cut the answer off: see their logs, restarts and
     limits
 peer policy: allow the address if it is one to be talked to (--allow, peer_policy=)
@@ -45,6 +48,7 @@ scheme not allowed: have the model published with http(s) URLs
 local path: the worker published paths of its own disk: have it serve its metadata (DYN_SELF_HOST_METADATA=1
     and DYN_SYSTEM_PORT), or allow the folder if this host has it, too (--file-root)
 no card: give the URL that `selfhost serve` prints, .../v1/metadata/<slug>/_base
+card refused: frontends refuse such a model: have it published with fewer files, smaller ones, or other names
 HTML page: a proxy or a login answers in the place of the worker: ask the worker itself
 wrong size: the worker serves another file than its card says: have it publish its model again
 too large without a size: have the model published by a worker whose cards say how large files are

@@ -8,8 +8,10 @@ messages about a file of tokens name lines by their number alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Mapping
 from typing import Optional, Union
 
@@ -49,7 +51,9 @@ class Tokens:
         if self._path is None:
             return {}
         try:
-            with open(self._path, encoding="utf-8") as file:
+            with open(self._path, encoding="utf-8", opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError(errno.EINVAL, "it is no regular file")
                 text = file.read(MAX_FILE_BYTES + 1)
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
@@ -60,6 +64,10 @@ class Tokens:
 
     def __repr__(self) -> str:
         return f"<Tokens given={len(self._given)} file={self._path!r}>"
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO would wait for a writer
 
 
 def parse_origin(text: str) -> Origin:
@@ -90,7 +98,7 @@ def read_token(path: str) -> str:
     except OSError as error:
         raise _unusable_file(path, str(error.strerror), _ACCEPTED_TOKEN) from None
     if not _TOKEN.fullmatch(token):
-        raise _unusable_file(path, "something else", _ACCEPTED_TOKEN)
+        raise _unusable_file(path, "something else" if token else "nothing", _ACCEPTED_TOKEN)
     return token
 
 

@@ -128,9 +128,9 @@ class HttpTransport:
     @contextlib.contextmanager
     def _answer(self, request: _Request, watch: Watch) -> Iterator[Answer]:
         """Send a request and yield the answer; keep the connection if the answer was read to its end."""
-        token = self._tokens.of(request.origin)
-        watch.has_token = token is not None
-        connection, answer = self._ask(request.origin, request.head(token), watch)
+        head = request.head(self._tokens.of(request.origin))
+        watch.has_token = head.has_token
+        connection, answer = self._ask(request.origin, head, watch)
         watch.observer.answered(answer)
         is_reusable = False
         try:
@@ -253,10 +253,21 @@ class _Request(NamedTuple):
         """Return the request for the bytes after the first ones, if it is still that file."""
         return self._replace(fields=f"{self.fields}Range: bytes={received}-\r\nIf-Range: {validator}\r\n")
 
-    def head(self, token: Optional[str]) -> bytes:
+    def head(self, token: Optional[str]) -> _Head:
         """Return what is sent; the token is kept nowhere else."""
         authorization = "" if token is None else f"Authorization: Bearer {token}\r\n"
-        return f"{self.fields}{authorization}\r\n".encode("latin-1")
+        head = _Head(f"{self.fields}{authorization}\r\n".encode("latin-1"))
+        head.has_token = token is not None
+        return head
+
+
+class _Head(bytes):
+    """What is sent; shows nothing of it where somebody logs tracebacks with the variables of each frame."""
+
+    has_token = False
+
+    def __repr__(self) -> str:
+        return f"<request of {len(self)} bytes>"
 
 
 def _default_user_agent() -> str:

@@ -16,9 +16,7 @@ import threading
 import time
 from typing import Any, Callable, Optional, TypeVar
 
-SHORT_SECONDS = (
-    0.5  # how much later a signal is answered, at worst; what wakes up twice a second costs nothing
-)
+SHORT_SECONDS = 0.5  # how much later a signal is answered, at worst; to wake up twice a second costs nothing
 
 Result = TypeVar("Result")
 

@@ -29,10 +29,11 @@ from .index import Index
 from .registry import MetadataArtifactRegistry
 
 if TYPE_CHECKING:
-    from ..settings import Settings
     import os
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from ..settings import Settings
 
 PIECE_BYTES = 256 * 1024  # of a range or of a held file; other pinned content leaves as one piece
 _CONDITIONS = ("HTTP_RANGE", "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")

@@ -196,13 +196,14 @@ class LocalModel:
         )
         undo.callback(registration.close)
         self._card_url = base_url + registration.targets[CARD]
-        settings = runtime.settings
-        if runtime.status_server is not None and self._files and settings.tls_client_ca is None:
-            runtime.reachable(base_url, lambda: self._can_fetch(settings.tls_cert, runtime.token))
+        tls = runtime.tls
+        if runtime.status_server is not None and self._files and (tls is None or tls.client_ca is None):
+            runtime.reachable(base_url, lambda: self._can_fetch(runtime))
 
-    def _can_fetch(self, own_cert: Optional[str], token: Optional[str]) -> bool:
-        smallest = min(self._files, key=lambda file: file.size)
-        return can_fetch(smallest.url, smallest.checksum, smallest.size, own_cert=own_cert, token=token)
+    def _can_fetch(self, runtime: DistributedRuntime) -> bool:
+        least = min(self._files, key=lambda file: file.size)
+        own_cert = None if runtime.tls is None else runtime.tls.cert
+        return can_fetch(least.url, least.checksum, least.size, own_cert=own_cert, token=runtime.token)
 
     def _publish(self, runtime: DistributedRuntime, key: RecordKey) -> Publication:
         return runtime.discovery.publish(Bucket.MODELS, key, model_record(key, self.card.to_json()))

@@ -63,6 +63,7 @@ class DistributedRuntime:
         self._discovery = discovery
         self._server: Optional[SystemStatusServer] = None
         self._access: Optional[Access] = None  # of that server
+        self.tls: Optional[TlsFiles] = None  # of that server; None: plain HTTP
         self._pid = os.getpid()
         self._is_closed = False
         self._life = threading.RLock()
@@ -141,6 +142,7 @@ class DistributedRuntime:
 
         settings = self.settings
         self._access = Access.of(settings.token, settings.token_file)
+        self.tls = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
         return SystemStatusServer(
             self.metadata_artifacts,
             settings.system_host,
@@ -148,7 +150,7 @@ class DistributedRuntime:
             limits=settings.limits,
             endpoints=self.endpoint_states,
             isolation=settings.isolation,
-            tls=TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
+            tls=self.tls,
             access=self._access,
             index=settings.metadata_index,
         )

@@ -314,7 +314,7 @@ def test_serve_with_token(start: Start, model_dir: Path, tmp_path: Path) -> None
 
     assert fetch(url, 100, TIMEOUT)[0] == 401
     assert fetch(url, 1 << 20, TIMEOUT, token="rosebud-0123456789")[0] == 200
-    assert "Whoever fetches needs the bearer token (DYN_MDC_TOKENS_FILE)" in lines
+    assert "Whoever fetches needs the bearer token (--token-file or DYN_MDC_TOKENS_FILE)" in lines
     code, errors = serve.end(signal.SIGTERM)
     assert (code, errors) == (0, "")
     assert "rosebud" not in "".join(lines)

@@ -20,6 +20,7 @@ from helpers import RudeOrigin, make_card
 from selfhost.card.checksum import Checksum
 from selfhost.errors import SettingsError
 from selfhost.frontend import AllowList, ClientTls, Diagnosis, diagnose, http_tls, remedies
+from selfhost.frontend import diagnosis as module
 from selfhost.frontend.diagnosis import Step
 from selfhost.frontend.limits import ResolverLimits
 from selfhost.frontend.transport import FetchLimits
@@ -113,7 +114,7 @@ BEHAVIOURS = {
     "stalled_in_body": ("content", "time-out, body"),
     "steady_drip": ("content", "time-out, total"),
     "short_body": ("content", "connection broke"),
-    "reset_before_answer": ("answer", "connection broke"),
+    "reset_before_answer": ("answer", "hung up"),
     "redirect_loop": ("answer", "status 3xx"),
     "gzip_encoded": ("content", "unusable answer"),
     "endless_body_announced": ("content", "no card"),
@@ -354,9 +355,40 @@ def test_card_that_asks_for_too_much() -> None:
     found = diagnose(make_card(FILES, "http://w1"), limits=replace(LIMITS, max_files=1))
 
     assert [(step.subject, step.name, step.problem) for step in found.steps] == [
-        ("card", "content", "no card")
+        ("card", "content", "card refused")
     ]
     assert found.files == ()
+
+
+@pytest.mark.parametrize("url", ["https://", "http://[::1", "HTTP://h:99999/card", "http:"])
+def test_url_that_is_none(url: str) -> None:
+    """What was meant as a URL is not taken for a path on a disk."""
+    assert failed(examine(url)).problem == "no card"
+
+
+def test_silent_origin_is_waited_for_once(rude_origin: StartOrigin) -> None:
+    """With a thousand files each time-out would count; the other files have its problem, too."""
+    silent = rude_origin(dict.fromkeys(FILES, b""), "stalled_before_status")
+    found = examine(make_card(FILES, silent.url))
+
+    assert [file.problem for file in found.files] == ["time-out, headers"] * 2
+    assert "is not asked again" in found.steps[-1].detail
+    assert len(silent.requests) == 1
+
+
+def test_many_origins_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of the files in the end grows with their number alone."""
+    card = make_card({f"{number}.json": b"%d" % number for number in range(100)}, "http://127.0.0.1")
+    card = card.map_files(
+        lambda file: replace(file, path=file.path.replace(".1/", f".{file.basename[:-5]}/"))
+    )
+    asked: list[str] = []
+    split = module.origin_of
+    monkeypatch.setattr(module, "origin_of", lambda url: asked.append(url) or split(url))
+    found = diagnose(card, peer_policy=lambda peer: False)
+
+    assert len(found.files) == 100
+    assert len(asked) < 1000
 
 
 # ------------------------------------------------------------------ what is noticed though it works

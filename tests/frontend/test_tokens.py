@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import wire
 from helpers import MemorySink, RudeOrigin, make_card
 
-from selfhost.errors import HTTPStatusError, SettingsError
+from selfhost.errors import FetchError, HTTPStatusError, SettingsError
 from selfhost.frontend import BlobCache, MetadataResolver, Tokens
 from selfhost.frontend.http_dial import Origin
 from selfhost.frontend.tokens import MAX_FILE_BYTES, origin_text, read_token
@@ -90,6 +92,19 @@ def test_token_is_sent_to_its_origin_alone(server: wire.WireServer) -> None:
 
     assert [sent(request) for request in server.requests] == [[b"Bearer " + TOKEN.encode()]]
     assert [sent(request) for request in other.requests] == [[]]
+
+
+def test_token_is_in_no_variable_of_a_traceback(leaves_nothing: None) -> None:
+    """Those who log tracebacks with the variables of each frame log no token."""
+    with wire.WireServer(wire.closing(b"")) as server:
+        tokens = Tokens({server.url.rpartition("/")[0]: TOKEN})
+        with pytest.raises(FetchError) as caught:
+            fetch(server.url, tokens)
+
+    told = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "watch = " in told
+    assert TOKEN not in told
+    assert len(sent(server.requests[0])) == 1
 
 
 def test_token_goes_with_a_continuation(leaves_nothing: None) -> None:
@@ -202,6 +217,18 @@ def test_renewed_file_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert TOKEN not in caplog.text
 
 
+def test_renewed_file_is_read_once_that_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortage at the moment of a change passes, and the new token counts, not the old one for ever."""
+    tokens = tokens_in(tmp_path / "tokens", f"https://gpu7:9090 {TOKEN}")
+    assert tokens.of(HERE) == TOKEN
+    tokens_in(tmp_path / "tokens", "https://gpu7:9090 newer-one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        assert tokens.of(HERE) == TOKEN
+
+    assert tokens.of(HERE) == "newer-one"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -228,12 +255,14 @@ def test_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> None:
     assert TOKEN not in f"{told}{vars(caught.value)}{tokens!r}"
 
 
-@pytest.mark.parametrize("kind", ["missing", "a folder", "no UTF-8"])
+@pytest.mark.parametrize("kind", ["missing", "a folder", "a FIFO", "no UTF-8"])
 def test_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     """So is one that is not there, or no text."""
     path = {"missing": tmp_path / "none", "a folder": tmp_path}.get(kind, tmp_path / "bytes")
     if kind == "no UTF-8":
         path.write_bytes(b"https://gpu7 \xff\xfe")
+    if kind == "a FIFO":  # which would be waited for
+        os.mkfifo(path)
     with pytest.raises(SettingsError, match="for tokens") as caught:
         Tokens(file=path).of(HERE)
 

@@ -6,9 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from selfhost.worker.local_model import LocalModel
 from selfhost.worker.self_check import fetch
@@ -68,3 +70,60 @@ def test_smallest_file_is_asked_for(
     model = LocalModel.load(model_dir(tiny__txt=b"1")).attach(runtime.endpoint("a.b.c"))
 
     assert asked == [min(file.size for file in model.files)] == [1]
+
+
+# ------------------------------------------------------------------ a worker that guards its port
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_guarded_worker_finds_itself(
+    start_runtime: Any,
+    model_dir: Any,
+    tmp_path: Path,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    isolation: str,
+) -> None:
+    """It trusts its own certificate and shows its token, also when the host has left its directory since."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "token").write_text("0123456789abcdef")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path("pem")
+    guard = {"tls_cert": "pem", "token_file": "token", "isolation": isolation}
+    runtime = start_runtime(self_host_metadata=True, **guard)
+    monkeypatch.chdir("/")
+    model = LocalModel.load(model_dir()).attach(runtime.endpoint("a.b.c"))
+
+    assert model.files[0].url.startswith("https://127.0.0.1:")
+    assert caplog.messages == []
+
+
+def test_certificate_for_another_host_is_found(
+    start_runtime: Any, model_dir: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No frontend would take it: the worker says so, and names neither bytes nor token."""
+    pem = trustme.CA().issue_cert("other.test").private_key_and_cert_chain_pem
+    pem.write_to_path(str(tmp_path / "pem"))
+    runtime = start_runtime(self_host_metadata=True, tls_cert=str(tmp_path / "pem"), token="0123456789abcdef")
+    LocalModel.load(model_dir()).attach(runtime.endpoint("a.b.c"))
+
+    assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
+    assert "0123456789abcdef" not in caplog.text
+
+
+def test_worker_that_wants_client_certificates_does_not_ask_itself(
+    start_runtime: Any,
+    model_dir: Any,
+    tmp_path: Path,
+    authority: trustme.CA,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It has no certificate to show: what it found would say nothing of frontends."""
+    authority.cert_pem.write_to_path(str(tmp_path / "ca"))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "pem"))
+    guard = {"tls_cert": str(tmp_path / "pem"), "tls_client_ca": str(tmp_path / "ca")}
+    runtime = start_runtime(self_host_metadata=True, **guard)
+    LocalModel.load(model_dir()).attach(runtime.endpoint("a.b.c"))
+
+    assert caplog.messages == []
+    assert runtime.status_server.counters().accepted == 0
