@@ -21,6 +21,7 @@ from .poller import READ, WRITE
 
 if TYPE_CHECKING:
     from ..settings import ServerLimits
+    from .artifacts import Artifact
     from .event_loop import EventLoop
 
 logger = logging.getLogger(__name__)
@@ -114,15 +115,18 @@ class Connection:
         self._serve(now)
 
     def _answer_known(self, head: bytes, now: float) -> bool:
-        """Answer a whole head that came before and asks for a small file, or return False.
+        """Answer a whole head that came before and asks for a file in memory, or return False.
 
         The path of nearly every request, and kept short for that.
         """
         target, connection_field = self._loop.known_heads.get(head, _UNKNOWN)
         artifact = self._loop.site.registry.lookup(target)
         data: Optional[bytes] = artifact.content.data if artifact is not None else None
-        if artifact is None or data is None or len(data) > SINGLE_SEND_BYTES or self._loop.is_closing:
+        if artifact is None or data is None or self._loop.is_closing:
             return False
+        if len(data) > SINGLE_SEND_BYTES:
+            self._begin_known(artifact, connection_field, now)
+            return True
         answer = b"".join((self._loop.ok_head, connection_field, artifact.head, data))
         try:
             sent = self.sock.send(answer)
@@ -142,6 +146,15 @@ class Connection:
             self.deadline = now + self._loop.limits.idle_seconds
             self._watch(READ)
         return True
+
+    def _begin_known(self, artifact: Artifact, connection_field: bytes, now: float) -> None:
+        """Begin the answer where the file is too large to be copied behind its header."""
+        self._loop.counters.requests[200] += 1
+        self._out = memoryview(b"".join((self._loop.ok_head, connection_field, artifact.head)))
+        self._content, self._end = artifact.content, artifact.content.size
+        self._close_after = bool(connection_field)
+        if self._begin(now):
+            self._await_head(now)
 
     def _serve(self, now: float) -> None:
         """Answer the heads that have come, until one is incomplete or an answer has to wait."""
@@ -255,29 +268,32 @@ class Connection:
 
     def _send_some(self) -> int:
         """Send what one system call takes, and return how many bytes that were."""
-        if not self._out and self._sealed is not None:
-            step = min(self._end - self._position, STEP_BYTES)
-            sent = os.sendfile(self.sock.fileno(), self._sealed.fd, self._position, step)
-            if not sent:
-                raise OSError(errno.EIO, "sendfile sent nothing of pinned content")
-            self._position += sent
-            return sent
-        if not self._out:
-            self._fill()
-        sent = self.sock.send(self._out, _MORE if self._position < self._end else 0)
-        self._out = self._out[sent:]
+        sent = self._send_once()
+        of_out = min(sent, len(self._out))
+        self._out = self._out[of_out:]
+        self._position += sent - of_out
         return sent
 
-    def _fill(self) -> None:
-        """Take the next piece of the content: all that is in memory, which costs nothing, else one read."""
-        content, start = self._content, self._position
-        assert content is not None  # noqa: S101 - there is no slice without content
+    def _send_once(self) -> int:
+        content = self._content
+        if content is None or self._position == self._end:
+            return self.sock.send(self._out)
+        if self._sealed is not None:
+            return self.sock.send(self._out, _MORE) if self._out else self._send_file(self._sealed.fd)
         data: Optional[bytes] = content.data
         if data is not None:
-            self._out, self._position = memoryview(data)[start : self._end], self._end
-        else:
-            self._position = min(start + self.copy_bytes, self._end)
+            return self.sock.sendmsg((self._out, memoryview(data)[self._position : self._end]))
+        if not self._out:
+            start, self._position = self._position, min(self._position + self.copy_bytes, self._end)
             self._out = memoryview(content.read(start, self._position))
+        return self.sock.send(self._out, _MORE if self._position < self._end else 0)
+
+    def _send_file(self, fd: int) -> int:
+        step = min(self._end - self._position, STEP_BYTES)
+        sent = os.sendfile(self.sock.fileno(), fd, self._position, step)
+        if not sent:
+            raise OSError(errno.EIO, "sendfile sent nothing of pinned content")
+        return sent
 
     def _finish(self, now: float) -> bool:
         self._content = self._sealed = None

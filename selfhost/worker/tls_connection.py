@@ -15,6 +15,7 @@ import errno
 import logging
 import socket
 import ssl
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
@@ -100,6 +101,10 @@ class TlsSocket(ssl.SSLSocket):
             return super().send(memoryview(data)[:PIECE_BYTES])  # flags are for plain sockets
         except ssl.SSLError as error:
             raise self._plain(error) from None
+
+    def sendmsg(self, buffers: Iterable[ReadableBuffer]) -> int:  # type: ignore[override]
+        """Send the first of them that is not empty, at most a piece; see `send`."""
+        return self.send(next(view for view in (memoryview(data) for data in buffers) if view))
 
     def shutdown(self, how: int) -> None:
         """End TLS, then the connection in the direction `how`; what still comes is received as it is."""

@@ -386,8 +386,8 @@ def serve_foreign(kind: str, directory: Path, exchange: Any) -> Iterator[Ask]:
 
 
 KINDS = [
-    "app", "embedded", "embedded-process", "wsgiref", "dispatcher", "waitress", "gunicorn-sync", "gunicorn-gthread",
-    "gunicorn-script-name",
+    "app", "embedded", "embedded-process", "wsgiref", "dispatcher", "waitress", "gunicorn-sync",
+    "gunicorn-gthread", "gunicorn-script-name",
 ]  # fmt: skip
 
 

@@ -23,7 +23,9 @@ from selfhost.errors import SettingsError, StatusServerError
 from selfhost.worker import process, process_launch, process_mirror
 from selfhost.worker.access import Access
 from selfhost.worker.content import MAX_SEALED_FILES, pin_bytes
+from selfhost.worker.process_channel import Message
 from selfhost.worker.process_child import STALE_SECONDS, HostStates
+from selfhost.worker.process_mirror import Mirror
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
 from selfhost.worker.site import Site
@@ -236,8 +238,10 @@ def test_shared_registry(tmp_path: Path, get: Any, leaves_nothing: None) -> None
         registry.close()
 
 
-def test_options_arrive(start_server: Any, get: Any, serve_bytes: Any, tmp_path: Path, replaced: Any) -> None:
-    """Token, index and limits are in force there, too; a token survives its file, and is in no argument."""
+def test_options_arrive(
+    start_server: Any, get: Any, serve_bytes: Any, tmp_path: Path, replaced: Any, wait_until: Any
+) -> None:
+    """Token and index are in force there, too; a token survives its file, and is in no argument."""
     token, file = "isolated-0123456789abcdef", tmp_path / "token"
     file.write_text(token)
     server = start_server(access=Access(token_file=file), index=True)
@@ -250,6 +254,8 @@ def test_options_arrive(start_server: Any, get: Any, serve_bytes: Any, tmp_path:
     assert [get(server, t, with_token).status for t in (target, "/v1/metadata")] == [200, 200]
     for name in ("cmdline", "environ"):
         assert token.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+    file.write_text(token[::-1])
+    assert wait_until(lambda: get(server, target, with_token).status == 401)
 
 
 def test_tls(start_tls: Any, connect_tls: Any, serve_bytes: Any, replaced: Any) -> None:
@@ -312,7 +318,7 @@ def test_state_that_nobody_announces(start_server: Any, get: Any, wait_until: An
     server = start_server(endpoints=lambda: dict(state))
     state["generate"] = "notready"
 
-    assert wait_until(lambda: get(server, "/health").status == 503)
+    assert wait_until(lambda: b'"notready"}' in get(server, "/health").body)
 
 
 def test_hanging_callback(
@@ -331,6 +337,36 @@ def test_hanging_callback(
     server.close()
     assert time.monotonic() - started < 3.0
     is_over.set()
+
+
+def test_states_are_told_in_the_order_of_asking() -> None:
+    """What a slow call found is not told any more once a later call has found something else."""
+    mirror = Mirror(lambda: None)
+
+    def slow() -> dict[str, str]:
+        mirror.ask_states(lambda: {"generate": "new"})
+        return {"generate": "old"}
+
+    mirror.ask_states(slow)
+
+    assert [m.head for m in iter_messages(mirror) if "states" in m.head] == [{"states": {"generate": "new"}}]
+
+
+def test_process_serves_when_it_knows_everything(registry: MetadataArtifactRegistry) -> None:
+    """It is not told to serve before all notes are told."""
+    mirror = Mirror(lambda: None)
+    registry.follow(mirror)
+    registry.register("m", "_base", "f", pin_bytes(b""))
+
+    assert not mirror.begin()
+    assert len(list(iter_messages(mirror))) == 3
+    assert mirror.begin()
+
+
+def iter_messages(mirror: Mirror) -> Iterator[Message]:
+    """Yield all that is to be told."""
+    while messages := mirror.next():
+        yield from messages
 
 
 def test_host_that_has_fallen_silent() -> None:
@@ -383,6 +419,7 @@ def test_inherits_nothing(start_server: Any, tmp_path: Path, monkeypatch: pytest
         line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
     )
     assert int(status["SigBlk"], 16) == 0
+    assert {b"-I", b"-S"} <= set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
     assert "blake3" not in Path(f"/proc/{pid}/maps").read_text()
 
 
@@ -500,8 +537,9 @@ def test_process_that_fails_again_and_again(
     monkeypatch.undo()
 
     assert get(server, "/live").status == 200
-    assert caplog.text.count("no such luck") <= 5
     waiting.close()
+    failures = [record.created for record in caplog.records if "no such luck" in record.getMessage()]
+    assert failures[2] - failures[0] >= 0.6  # seconds
 
 
 def test_process_that_is_stopped_does_not_stop_its_host(

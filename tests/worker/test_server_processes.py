@@ -205,6 +205,59 @@ assert ended_well(pid)
     assert (done.stderr, done.returncode) == ("", 0)
 
 
+SOCKETS = """
+import stat
+def is_socket(fd):
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+def sockets():
+    return [fd for fd in range(256) if is_socket(fd)]
+"""
+
+
+def test_fork_while_the_server_ends(run_host: Any) -> None:
+    """A child that is forked while answers on their way hold up the end keeps no socket either."""
+    code = """
+client = socket.create_connection((server.host, server.port))
+client.sendall(f"GET {TARGET} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode())
+client.recv(100)
+stopping = threading.Thread(target=server.close)
+stopping.start()
+time.sleep(0.1)
+def child():
+    assert sockets() == [client.fileno()], sockets()
+    server.start().close()
+assert ended_well(in_child(child))
+assert stopping.is_alive()
+client.close()
+"""
+    done = run_host(FORKING + SOCKETS + code)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_fork_while_the_server_starts(run_script: Any) -> None:
+    """A child that is forked while another thread starts the server keeps no socket either."""
+    code = """
+begun = threading.Event()
+server = SystemStatusServer(registry, isolation="process", endpoints=lambda: begun.set() or time.sleep(0.3))
+starting = threading.Thread(target=server.start)
+starting.start()
+begun.wait()
+def child():
+    assert sockets() == [], sockets()
+    SystemStatusServer(registry).start().close()
+assert ended_well(in_child(child))
+starting.join()
+server.close()
+"""
+    done = run_script('ISOLATION = "thread"\n' + FORKING.replace("server.start()\n", "") + SOCKETS + code)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 def test_child_starts_a_server_of_its_own(run_host: Any) -> None:
     """A child may start its own server over the registry that it inherited; both serve."""
     code = """
