@@ -10,8 +10,8 @@ socket all the while, so the port never closes: who connects meanwhile is served
 fails again and again is launched more and more slowly. Where the host tells its endpoints' states another
 thread asks it once a second: it may take its time, or never come back.
 
-The process ends with its host, however that ends. It is the host's child: a host that waits for any child at
-all may be told of it, which does no harm here.
+The process ends with its host, however that ends, and keeps the rights that the host has when it launches it.
+It is the host's child: a host that waits for any child at all may be told of it, which does no harm here.
 
 Sharing: any number of threads. A forked child closes its copies of the descriptors.
 """
@@ -239,6 +239,7 @@ class ServerProcess:
         if not self._is_stopping:
             self._is_stopping = True
             self._listener.close()
+            self._mirror.end()
             child.channel.send(Message({"stop": max(self._stop_at - time.monotonic(), 0)}))
 
     def _hear(self, message: Message) -> None:

@@ -86,7 +86,7 @@ class ServingProcess:
 
     def run(self) -> None:
         """Do as the host says, until there is no host."""
-        while not self._is_done and os.getppid() == self._host_pid:
+        while not self._is_done and os.getppid() == self._host_pid:  # another's child once the host is gone
             try:
                 messages = self._wait()
             except EOFError:
@@ -111,8 +111,6 @@ class ServingProcess:
         if self._host_end is not None:
             poller.register(self._host_end.fd, select.POLLIN)
         ready = {fd for fd, _ in poller.poll(1000 * _WATCH_SECONDS if self._host_end is None else None)}
-        if self._host_end is not None and self._host_end.fd in ready:
-            raise EOFError
         return self._channel.receive() if self._channel.sock.fileno() in ready else []
 
     def _apply(self, message: Message) -> int:

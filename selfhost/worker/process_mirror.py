@@ -50,10 +50,10 @@ class Mirror:
         self.counters = ServerCounters()  # as of the last answer
         self._wake = wake
         self._pid = os.getpid()
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # re-entrant: a signal handler of the host may register, too
         self._notes: deque[Note] = deque()
-        self._noted = 0  # how many there have been
-        self._acknowledged = 0  # how many of them are in force
+        self._told = 0  # how many there were before those
+        self._acknowledged = 0  # how many of all are in force
         self._is_serving = False  # a process has been told to
         self._open: dict[str, Registration] = {}  # as the process was told
         self._contents: dict[
@@ -82,10 +82,9 @@ class Mirror:
         except (Exception, SystemExit):  # noqa: BLE001 - it is the host's; who asks for /health gets it logged
             states = {"failure": traceback.format_exc()}
         with self._changed:
-            is_newest = number > self._states_asked  # a slow call must not undo what a later one has found
-            self._states_asked = max(self._states_asked, number)
-        if is_newest:
-            self._note(Note(states=states))
+            if number > self._states_asked:  # a slow call must not undo what a later one has found
+                self._states_asked = number
+                self._note(Note(states=states))
 
     def ask_counters(self, timeout: float) -> ServerCounters:
         """Return the process's counters: those of its last answer if none comes in time."""
@@ -106,14 +105,13 @@ class Mirror:
             return
         with self._changed:
             self._notes.append(note)
-            self._noted += 1
         self._wake()
 
     def _wait(self, timeout: float) -> bool:
         if self._pid != os.getpid():
             return True
         with self._changed:
-            target = self._noted
+            target = self._told + len(self._notes)
             return self._changed.wait_for(
                 lambda: not self._is_serving or self._acknowledged >= target, timeout
             )
@@ -124,7 +122,7 @@ class Mirror:
     def is_answered(self) -> bool:
         """Whether the process has acknowledged all that it was told."""
         with self._changed:
-            return self._acknowledged >= self._noted - len(self._notes)
+            return self._acknowledged >= self._told
 
     def replay(self) -> Iterator[Message]:
         """Return what a new process has to be told first: all that is open."""
@@ -140,8 +138,8 @@ class Mirror:
             if not self._notes:
                 return []
             note = self._notes.popleft()
-            number = self._noted - len(self._notes)
-        return [*self._messages(note), Message({"number": number})]
+            self._told += 1
+        return [*self._messages(note), Message({"number": self._told})]
 
     def begin(self) -> bool:
         """Tell whether the process knows everything; if so it is to serve, and changes wait for it."""
@@ -149,7 +147,7 @@ class Mirror:
             if self._notes:
                 return False
             self._is_serving = True
-            self._acknowledged = self._noted
+            self._acknowledged = self._told
             return True
 
     def acknowledge(self, number: int, counters: ServerCounters) -> None:

@@ -3,7 +3,8 @@
 No general server: GET and HEAD on known routes; anything else is refused and the connection closed. One
 thread, however many clients: each waits in the loop, not in a thread of its own, so a silent, slow or
 hostile one delays nobody. A small answer is prepared once per file and leaves in a single send, a large one
-by sendfile from a sealed file in memory (read and send where the system has neither).
+by sendfile from a sealed file in memory (read and send where the system has neither). The same loop can run
+in a small process of its own instead, for a host that hogs the interpreter: see process.py.
 
 The thread is a daemon that an atexit hook closes and joins: the interpreter joins other threads before any
 atexit hook runs, so nothing could tell a non-daemon thread to end. No exception in it reaches the host.
@@ -99,7 +100,6 @@ class SystemStatusServer:
         with self._state_lock:
             if self._loop is None:
                 self._loop = self._start_loop(_listen(*self._requested))
-                _track(self)
                 logger.info("status server listens on %s", self.address)
         return self
 
@@ -111,8 +111,10 @@ class SystemStatusServer:
         with self._state_lock:
             loop, self._loop = self._loop, None
             if loop is not None:
-                _untrack(self)
-                loop.stop(timeout)
+                try:
+                    loop.stop(timeout)
+                finally:
+                    _serving.pop(loop, None)
 
     def __enter__(self) -> SystemStatusServer:
         return self.start()
@@ -172,11 +174,14 @@ class SystemStatusServer:
         loop: Optional[Serving] = None
         try:
             loop = self._make_loop(listener)
+            _install_hooks()
+            _serving[loop] = self
             loop.start()
             return loop
         except BaseException as error:
             listener.close()
             if loop is not None:
+                _serving.pop(loop, None)
                 loop.close_descriptors()
             if not isinstance(error, (OSError, RuntimeError, StatusServerError)):
                 raise
@@ -207,11 +212,9 @@ class SystemStatusServer:
         }
 
     def _abandon(self) -> None:
-        """In a forked child: close the copies of the parent's sockets and forget its thread."""
+        """In a forked child: forget what the parent runs."""
         self._state_lock = threading.RLock()
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.close_descriptors()
+        self._loop = None
 
 
 def _url_host(host: str, port: int) -> str:
@@ -259,16 +262,7 @@ def _bind(listener: socket.socket, sockaddr: object) -> socket.socket:
 
 # ------------------------------------------------------------------ exits and forks
 
-_running: set[SystemStatusServer] = set()
-
-
-def _track(server: SystemStatusServer) -> None:
-    _install_hooks()
-    _running.add(server)
-
-
-def _untrack(server: SystemStatusServer) -> None:
-    _running.discard(server)
+_serving: dict[Serving, SystemStatusServer] = {}  # also what starts or ends just now: it has descriptors
 
 
 @functools.cache
@@ -279,10 +273,12 @@ def _install_hooks() -> None:
 
 
 def _close_all() -> None:
-    for server in list(_running):
+    for server in list(_serving.values()):
         server.close(timeout=1.0)
 
 
 def _abandon_all() -> None:
-    while _running:
-        _running.pop()._abandon()
+    while _serving:
+        loop, server = _serving.popitem()
+        loop.close_descriptors()
+        server._abandon()
