@@ -182,6 +182,25 @@ def is_metadata(path: str) -> bool:
 # ------------------------------------------------------------------ conditions and ranges
 
 
+def answer_registered(
+    registry: MetadataArtifactRegistry, method: str, path: str, query: str, headers: Headers
+) -> Optional[Answer]:
+    """Answer GET or HEAD for what is registered under a path, None where nothing is.
+
+    Content that cannot be read may have been withdrawn by another process since the look-up: then that
+    decides which now finds nothing, or something else.
+    """
+    artifact = find(registry, path, query)
+    while artifact is not None:
+        answer = answer_hit(method, artifact, headers)
+        if answer is not UNREADABLE:
+            return answer
+        before, artifact = artifact, find(registry, path, query)
+        if artifact is before:
+            return UNREADABLE
+    return None
+
+
 def answer_hit(method: str, artifact: Found, headers: Headers) -> Answer:
     """Answer GET or HEAD for what was found."""
     content = artifact.content

@@ -23,7 +23,7 @@ from werkzeug.wrappers import Response
 from werkzeug.wsgi import get_path_info
 
 from .access import Access
-from .answer import INDEX, METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_hit, find, has_encoded_slash
+from .answer import INDEX, METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer_registered, find, has_encoded_slash
 from .content import Content
 from .index import Index
 from .registry import MetadataArtifactRegistry
@@ -82,18 +82,18 @@ class MetadataApp:
         target = environ.get("REQUEST_URI") or environ.get("RAW_URI")  # not in PEP 3333: some servers tell it
         if target and "%" in target and has_encoded_slash(target):
             return _respond(NOT_FOUND, environ, start_response)
-        if artifact is None:
-            return _respond(self._unregistered(method, path, query, environ), environ, start_response)
-        data = artifact.content.data
-        if data is not None and method == "GET" and not any(name in environ for name in _CONDITIONS):
-            start_response("200 OK", list(artifact.fields))
-            return [data]
-        return _respond(answer_hit(method, artifact, EnvironHeaders(environ)), environ, start_response)
+        if artifact is not None and method == "GET" and not any(name in environ for name in _CONDITIONS):
+            data = artifact.content.data
+            if data is not None:
+                start_response("200 OK", list(artifact.fields))
+                return [data]
+        return _respond(self._answer(method, path, query, environ), environ, start_response)
 
-    def _unregistered(self, method: str, path: str, query: str, environ: WSGIEnvironment) -> Answer:
+    def _answer(self, method: str, path: str, query: str, environ: WSGIEnvironment) -> Answer:
+        headers = EnvironHeaders(environ)
         if path == INDEX and self._index is not None:
-            return self._index.answer(method, query, EnvironHeaders(environ))
-        return NOT_FOUND
+            return self._index.answer(method, query, headers)
+        return answer_registered(self.registry, method, path, query, headers) or NOT_FOUND
 
     def __repr__(self) -> str:
         return f"<MetadataApp {self.registry!r}>"

@@ -132,8 +132,7 @@ class EventLoop:
         events = self._poller.poll(SWEEP_SECONDS if busy else None)
         now = time.monotonic()
         self._renew_date(now)
-        if self.site.access is not None:
-            self._forget_heads_of_old_tokens(self.site.access.version)
+        self._forget_heads_of_old_tokens()
         for fd, _ in events:
             handler = self._handlers.get(fd)
             if handler is not None:  # None: closed since, by another event of this turn
@@ -141,7 +140,8 @@ class EventLoop:
         if now >= self._sweep_at:
             self._sweep(now)
 
-    def _forget_heads_of_old_tokens(self, version: int) -> None:
+    def _forget_heads_of_old_tokens(self) -> None:
+        version = 0 if self.site.access is None else self.site.access.version
         if version != self._access_version:
             self._access_version = version
             self.known_heads.clear()
@@ -202,6 +202,7 @@ class EventLoop:
             return
         self.connections.add(connection)
         self.counters.open_connections = len(self.connections)
+        self._forget_heads_of_old_tokens()  # it may have come later than this turn began
         connection.on_event(now)  # its request is often there already
 
     def _make_room(self, now: float) -> bool:

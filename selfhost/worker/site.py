@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Callable, Optional
 
 from .access import Access
-from .answer import FAILED, INDEX, NOT_FOUND, Answer, Headers, answer_hit, find, json_answer, split_target
+from .answer import FAILED, INDEX, NOT_FOUND, Answer, Headers, answer_registered, json_answer, split_target
 from .index import Index
 from .registry import MetadataArtifactRegistry
 
@@ -53,9 +53,9 @@ class Site:
                 refusal = self.access.refusal(path, headers.get("authorization", ""))
                 if refusal is not None:
                     return refusal
-            artifact = find(self.registry, path, query)
-            if artifact is not None:
-                return answer_hit(method, artifact, headers)
+            answer = answer_registered(self.registry, method, path, query, headers)
+            if answer is not None:
+                return answer
             if path == INDEX and self._index is not None:
                 return self._index.answer(method, query, headers)
             if path == "/live":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 from blake3 import blake3
@@ -12,8 +14,10 @@ from blake3 import blake3
 from selfhost.worker import answer as rules
 from selfhost.worker.access import INVALID_TOKEN, UNAUTHORIZED
 from selfhost.worker.answer import (
+    ROUTE,
     UNSATISFIABLE,
     answer_hit,
+    answer_registered,
     evaluate_preconditions,
     find,
     has_encoded_slash,
@@ -481,3 +485,31 @@ def test_digest_selects(
 ) -> None:
     """`blake3` in the query must be the content's digest, to the letter; other parameters are ignored."""
     assert (find(registry, "/v1/metadata/m/_base/digits.txt", query) is artifact) is found
+
+
+class Withdrawn:
+    """A registry whose first look-up finds what is gone by the second."""
+
+    def __init__(self, *found: Optional[Artifact]) -> None:
+        self.found = list(found)
+
+    def get(self, *key: object) -> Optional[Artifact]:
+        """Return what is next."""
+        return self.found.pop(0)
+
+
+def test_content_that_another_process_withdrew(tmp_path: Path) -> None:
+    """What is gone since the look-up is not found, what took its place is answered, the rest is an error."""
+    path = tmp_path / "f.json"
+    registry = MetadataArtifactRegistry(max_pinned_bytes=0)
+    path.write_bytes(b"x" * 100_000)
+    (held,) = registry.register("m", "_base", "f.json", path).artifacts
+    (other,) = registry.register("m", "_base", "other", pin_bytes(b"{}")).artifacts
+    path.write_bytes(b"changed")
+
+    def status(*found: Optional[Artifact]) -> Optional[int]:
+        registry: Any = Withdrawn(*found)
+        answer = answer_registered(registry, "GET", f"{ROUTE}m/_base/f.json", "", {})
+        return None if answer is None else answer.status
+
+    assert (status(held, None), status(held, other), status(held, held)) == (None, 200, 500)

@@ -165,6 +165,40 @@ def test_refused_client_that_stays_is_let_go(start_server: Any, connect: Any, wa
     assert wait_until(lambda: server.open_connections == 0, 2.0)
 
 
+@pytest.mark.parametrize("close", [(), ("Connection: close",)], ids=["kept", "closed"])
+@pytest.mark.parametrize("size", [0, 65_536, 65_537, 300_000])
+def test_known_head_gets_the_same_answer(
+    size: int, close: tuple[str, ...], server: SystemStatusServer, connect: Any, serve_bytes: Any
+) -> None:
+    """A head that came before is answered as the first time, whatever the size, until the file is gone."""
+    head = request_for(serve_bytes(LARGE[:size]), *close)
+    answers = []
+    for _ in range(3):
+        client = connect(server).send(head)
+        answers.append(client.answer())
+        del answers[-1].fields["date"]
+        assert client.rest() == b"" if close else client.send(head).answer().body == LARGE[:size]
+    server.registry.unregister("m", "_base")
+
+    assert answers[0].body == LARGE[:size]
+    assert answers[1:] == answers[:-1]
+    assert connect(server).send(head).answer().status == 404
+
+
+def test_known_head_of_a_client_that_does_not_read(
+    server: SystemStatusServer, connect: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """Larger files by a known head wait for their client, and come whole and in order."""
+    head = request_for(serve_bytes(LARGE))
+    connect(server).send(head).answer()
+    client = connect(server, receive_buffer=4096)
+    for _ in range(40):
+        client.send(head)
+    assert wait_until(lambda: any(c.is_sending for c in set(server._loop.connections)))
+
+    assert {client.answer().body for _ in range(40)} == {LARGE}
+
+
 # ------------------------------------------------------------------ clients that go away
 
 

@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
 from selfhost.settings import ServerLimits
+from selfhost.worker.access import Access
 from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'
@@ -324,3 +326,43 @@ def test_ipv4_client_of_an_ipv6_wildcard(start_server: Any) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
         sock.sendall(b"GET /live HTTP/1.0\r\n\r\n")
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
+# ------------------------------------------------------------------ heads that are answered from memory
+
+OLD, NEW = "old-token-0123456789", "new-token-0123456789"
+
+
+def test_only_hits_are_remembered(server: SystemStatusServer, connect: Any, serve_bytes: Any) -> None:
+    """Of all that is asked, only what was found and is asked for as a whole is known the next time."""
+    target = serve_bytes(SMALL)
+    client = connect(server)
+    for path in ("/live", "/health", "/nothing", target + "x", target + "/"):
+        client.get(path).answer()
+    client.get(target, "Range: bytes=0-0").answer()
+    client.get(target, "If-None-Match: *").answer(body=False)
+    client.get(target, method="HEAD").answer(body=False)
+    assert server._loop.known_heads == {}  # type: ignore[union-attr]
+
+    client.get(target).answer()
+    assert len(server._loop.known_heads) == 1  # type: ignore[union-attr]
+
+
+def test_known_head_with_a_token_that_was_changed(
+    start_server: Any, connect: Any, serve_bytes: Any, tmp_path: Path
+) -> None:
+    """A head that was let in, and is answered from memory, is refused once its token is no longer the one."""
+    file, now = tmp_path / "token", [0.0]
+    file.write_text(OLD)
+    server, target = start_server(access=Access(token_file=file, clock=lambda: now[0])), serve_bytes(SMALL)
+    client = connect(server)
+
+    def statuses(token: str) -> list[int]:
+        return [client.get(target, f"Authorization: Bearer {token}").answer().status for _ in range(3)]
+
+    assert (statuses(NEW), statuses(OLD)) == ([401] * 3, [200] * 3)
+    assert len(server._loop.known_heads) == 1
+    file.write_text(NEW)
+    now[0] += 1.0
+    assert (statuses(OLD), statuses(NEW)) == ([401] * 3, [200] * 3)
+    assert len(server._loop.known_heads) == 1
