@@ -10,7 +10,8 @@ the median of the rounds' ratios. Measured are
   17 MB on 4;
 - 256 downloads of 17 MB at once: seconds, and by how much the server's memory grows at its peak
   (resident memory of all its processes, and files in memory);
-- the same loads where a thread spins in Python inside the serving process: ours and Dynamo's;
+- the same loads where a thread spins in Python inside the host: ours in a thread of that host and in a
+  process of its own, and Dynamo's;
 - by how much that spinning loop itself gets slower beside an idle server and beside one under load.
 
 Without --dynamo-python (or SELFHOST_DYNAMO_PYTHON) the comparison with Dynamo is left out; nginx is left
@@ -41,8 +42,14 @@ from support import AtLeast, AtMost, Goal
 from selfhost.demo_model import write_demo_model
 
 FILES = {"small.json": 1_000, "medium.json": 500_000, "large.json": 17_000_000}
-DEFAULT_SERVERS = "embedded,gunicorn,dynamo,nginx"
-NAMES = {"embedded": "ours, embedded", "gunicorn": "ours, gunicorn gthread", "waitress": "ours, waitress"}
+DEFAULT_SERVERS = "embedded,process,gunicorn,dynamo,nginx"
+EMBEDDED = ("embedded", "process")
+NAMES = {
+    "embedded": "ours, embedded",
+    "process": "ours, a process of its own",
+    "gunicorn": "ours, gunicorn gthread",
+    "waitress": "ours, waitress",
+}
 
 
 class Shape(NamedTuple):
@@ -142,7 +149,7 @@ class Bench:
         """Start the hosts that hog the interpreter, each stopped until it is measured."""
         if self._options.no_hog:
             return {}
-        chosen = [name for name in ("embedded", "dynamo") if name in self._options.servers.split(",")]
+        chosen = [name for name in (*EMBEDDED, "dynamo") if name in self._options.servers.split(",")]
         running = self.start(["none", *chosen], spin=True)
         for server in running.values():
             server.pause()
@@ -173,9 +180,12 @@ class Bench:
     def _print_rates(self, shape: Shape, figures: dict[str, list[float]], where: str) -> None:
         rows = []
         for name in figures:
-            goal, goal_nginx = None, None
-            if name == "embedded":
-                goal, goal_nginx = (AtLeast(1.0), None) if where else (shape.embedded, shape.embedded_nginx)
+            goal: Goal = None
+            goal_nginx: Goal = None
+            if where:  # a thread of a host that hogs the interpreter has no chance, and no goal
+                goal = AtLeast(1.0) if name == "process" else None
+            elif name == "embedded":
+                goal, goal_nginx = shape.embedded, shape.embedded_nginx
             elif name == "gunicorn":
                 goal = shape.gunicorn
             ratios = [support.against(figures, name, "dynamo", goal)]
@@ -197,7 +207,7 @@ class Bench:
         seconds = support.interleaved(work, self._options.burst_rounds)
         rows = []
         for name in running:
-            ours = name == "embedded"
+            ours = name in EMBEDDED
             most = max(growth[name])
             rows.append(
                 [
@@ -235,7 +245,7 @@ class Bench:
         for name in figures:
             host, _, what = name.partition(", ")
             goal: Goal = None
-            if host == "embedded":
+            if host in EMBEDDED:
                 same = support.ratio(figures, f"dynamo, {what}", alone_name)
                 goal = AtLeast(0.97) if what == "idle" else AtLeast(min(1, round(same, 2))) if same else None
             slowed = support.against(figures, name, alone_name, goal)

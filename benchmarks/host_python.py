@@ -1,9 +1,10 @@
 """A Python process that serves a folder's files, to be measured; prints `ready PORT` when it does.
 
-    python host_python.py embedded|none|waitress|stdlib FOLDER [spin]
+    python host_python.py embedded|process|none|waitress|stdlib FOLDER [spin]
 
-`embedded` is our SystemStatusServer, `none` a host without any server. `app` is our WSGI application
-for the folder in the environment variable FOLDER, for gunicorn (`host_python:app()`).
+`embedded` is our SystemStatusServer, `process` the same in a process of its own, `none` a host without any
+server. `app` is our WSGI application for the folder in the environment variable FOLDER, for gunicorn
+(`host_python:app()`).
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ def app() -> Any:
     return MetadataApp(registry_of(os.environ["FOLDER"]))
 
 
-def embedded(folder: str) -> None:
+def embedded(folder: str, isolation: str = "thread") -> None:
     """Serve with our embedded server."""
     from selfhost.worker.server import SystemStatusServer
 
-    with SystemStatusServer(registry_of(folder), host="127.0.0.1", port=0) as server:
+    with SystemStatusServer(registry_of(folder), isolation=isolation) as server:
         print("ready", server.port, flush=True)
         threading.Event().wait()
+
+
+def process(folder: str) -> None:
+    """Serve with our server in a process of its own."""
+    embedded(folder, "process")
 
 
 def none(folder: str) -> None:
@@ -80,4 +86,5 @@ def stdlib(folder: str) -> None:
 if __name__ == "__main__":
     if "spin" in sys.argv[3:]:
         spin.start()
-    {"embedded": embedded, "none": none, "waitress": waitress, "stdlib": stdlib}[sys.argv[1]](sys.argv[2])
+    kinds = {"embedded": embedded, "process": process, "none": none, "waitress": waitress, "stdlib": stdlib}
+    kinds[sys.argv[1]](sys.argv[2])

@@ -135,13 +135,15 @@ class Server:
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def _pids(self) -> list[int]:
+        """Return its processes: those of its session, and a child that began one of its own."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if os.getpgid(int(entry.name)) == self.process.pid:
-                    found.append(int(entry.name))
-            except ProcessLookupError:
-                pass
+                parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[1:4]
+            except OSError:  # it has ended
+                continue
+            if self.process.pid in (int(parent), int(session)):
+                found.append(int(entry.name))
         return found
 
 
@@ -203,14 +205,16 @@ def nginx(folder: Path, scratch: Path, head: list[str]) -> Server:
     return server
 
 
-def dynamo(python: str, folder: Path, scratch: Path, head: list[str], *, spin: bool = False) -> Server:
+def dynamo(
+    python: str, folder: Path, scratch: Path, head: list[str], *, spin: bool = False, pace: bool = False
+) -> Server:
     """Start the real Dynamo worker; the folder must hold a model."""
     store = scratch.with_suffix(".kv")
     models = json.dumps([{"path": str(folder), "name": "bench"}])
     loopback = {"DYN_TCP_RPC_HOST": "127.0.0.1", "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1"}
     server = Server(
         "dynamo",
-        [*head, python, str(HERE / "host_dynamo.py"), models, *["spin"] * spin],
+        [*head, python, str(HERE / "host_dynamo.py"), models, *["spin"] * spin, *["pace"] * pace],
         scratch,
         DYN_LOG="off",
         DYN_FILE_KV=str(store),
