@@ -187,9 +187,10 @@ class ServerProcess:
         except Exception:
             logger.exception("the status server's process is replaced after an unexpected error")
         finally:
-            self._mirror.end()
+            how = child.end(at_once=is_hung)
+            self._mirror.end()  # not before: one that hangs could go on, and answer what it knows
             self._child = None
-            self._report(child.pid, child.end(at_once=is_hung))
+            self._report(child.pid, how)
 
     def _introduce(self, child: Child) -> None:
         """Send what a process needs before anything else."""

@@ -286,7 +286,7 @@ def test_log_quotes_what_clients_send(
 ) -> None:
     """A target that gets into a log, for an error of ours, cannot write a line of its own."""
     server = start_server()
-    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: {}["oops"])
+    monkeypatch.setattr("selfhost.worker.site.answer_registered", lambda *_: {}["oops"])
     answer = connect(server).get("/%0aERROR%20root%20%1b[2J").answer()
 
     assert (answer.status, answer.body) == (500, b"Internal error\n")
@@ -310,7 +310,7 @@ def test_log_has_nothing_secret(
         open_one(server).send(field.encode()).close()
     with contextlib.suppress(OSError):
         connect(secured).get(target, field).rest()
-    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: {}["oops"])
+    monkeypatch.setattr("selfhost.worker.site.answer_registered", lambda *_: {}["oops"])
     server = start_server()
     assert connect(server).get("/x", field).answer().status == 500
     monkeypatch.setattr(server._loop, "status_head", None)
@@ -335,7 +335,9 @@ def test_error_bodies_tell_nothing(
         b"GET /rosebud HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: rosebud\r\n\r\n",
     ]
     answers = [connect(server).send(request).answer() for request in requests]
-    monkeypatch.setattr("selfhost.worker.site.find", lambda *_: (tmp_path / "rosebud").read_bytes())
+    monkeypatch.setattr(
+        "selfhost.worker.site.answer_registered", lambda *_: (tmp_path / "rosebud").read_bytes()
+    )
     answers.append(connect(server).send(requests[0]).answer())
 
     assert sorted(answer.status for answer in answers) == [400, 400, 404, 405, 431, 500, 505]

@@ -284,10 +284,9 @@ def test_counters(start_server: Any, get: Any, connect: Any, wait_until: Any) ->
     get(server, "/nothing")
     connect(server)
 
+    assert wait_until(lambda: server.counters().accepted == 3)
     assert wait_until(lambda: server.open_connections == 1)
-    counters = server.counters()
-    assert counters.requests == {200: 1, 404: 1}
-    assert counters.accepted == 3
+    assert server.counters().requests == {200: 1, 404: 1}
 
 
 def test_isolation_must_be_known(registry: MetadataArtifactRegistry) -> None:

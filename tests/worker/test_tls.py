@@ -418,6 +418,22 @@ def test_server_says_goodbye_when_idle_and_when_closed(
     assert unsuppressed_end(client) == b""
 
 
+def test_cut_off_answer_ends_without_goodbye(
+    start_tls: Any, connect_tls: Any, registry: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer that cannot go on is broken off, and TLS tells the client that this was not the end."""
+    path = tmp_path / "huge.json"
+    path.write_bytes(HUGE)
+    registry.register("m", "_base", "held", pin_file(str(path), max_pinned_bytes=1000))
+    client = connect_tls(start_tls(), receive_buffer=4096).get("/v1/metadata/m/_base/held")
+    client.read_some(1000)
+    path.write_bytes(b"x")
+
+    with pytest.raises(ssl.SSLEOFError):
+        unsuppressed_end(client)
+    caplog.clear()  # the record holds the error, and that the file
+
+
 @pytest.mark.parametrize("how", ["goodbye", "end", "reset", "end within a record"])
 def test_client_that_leaves(
     how: str, start_tls: Any, bio_client: Any, wait_until: Any, caplog: pytest.LogCaptureFixture
