@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from helpers import poll_until
 
 from selfhost.errors import SettingsError, StatusServerError
 from selfhost.worker import process, process_launch, process_mirror
@@ -556,7 +557,7 @@ def test_process_that_is_stopped_does_not_stop_its_host(
     assert "has not answered for" in caplog.text
     os.kill(pid_of(server), signal.SIGCONT)
 
-    assert get(server, target).body == b"{}"
+    assert poll_until(lambda: get(server, target).body == b"{}")
 
 
 def test_process_that_hangs_is_replaced(
