@@ -308,8 +308,7 @@ def test_fork_hooks_that_are_installed_twice(run_script: Any, folder: str) -> No
         def take():
             if registry._index.lock.acquire(timeout=1):
                 registry._index.lock.release()
-                print("free")
-                sys.stdout.flush()
+                os.write(1, b"free\\n")  # at once: parent and child write side by side
 
         child = os.fork()
         thread = threading.Thread(target=take)
