@@ -135,6 +135,12 @@ class Discovery(Protocol):
         cannot be written.
         """
 
+    def remove(self, bucket: Bucket, key: RecordKey) -> None:
+        """Remove what a holder left that is known to be gone; harmless where there is nothing.
+
+        Raises DiscoveryError where it cannot be removed.
+        """
+
     def records(self, bucket: Bucket) -> dict[RecordKey, str]:
         """Return the live records of everybody, sorted by key; DiscoveryError where they cannot be read."""
 

@@ -88,9 +88,9 @@ class FileDiscovery:
         """Write the record and keep it alive until it is withdrawn; see Discovery.publish."""
         check_key(self.name, key)
         check_text(self.name, key, text)
-        path = os.path.join(layout.bucket_directory(self.root, bucket), layout.file_name(key))
+        path = self._path(bucket, key)
         record = OwnedRecord(path, text.encode(), lambda: int(self._clock() * 1e9))
-        self._reserve(key, record, adopt=adopt)
+        self._reserve(key, record)
         try:
             self._create(record, adopt=adopt)
         except BaseException as err:
@@ -107,12 +107,20 @@ class FileDiscovery:
             abandon=functools.partial(self._abandon, record),
         )
 
-    def _reserve(self, key: RecordKey, record: OwnedRecord, *, adopt: bool) -> None:
-        """Take the record into our care and see that the thread runs, before anything is on the disk.
+    def remove(self, bucket: Bucket, key: RecordKey) -> None:
+        """Unlink the record's file; see Discovery.remove."""
+        check_key(self.name, key)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(bucket, key))
+        except OSError as err:
+            self._fail("remove", key, err)
 
-        One that is adopted goes without a thread where there is none to be had: from Python 3.12 on that is
-        so at exit, where the last of several processes adopts what another one left, only to remove it.
-        """
+    def _path(self, bucket: Bucket, key: RecordKey) -> str:
+        return os.path.join(layout.bucket_directory(self.root, bucket), layout.file_name(key))
+
+    def _reserve(self, key: RecordKey, record: OwnedRecord) -> None:
+        """Take the record into our care and see that the thread runs, before anything is on the disk."""
         with self._lock:
             if self._is_closed:
                 self._fail("publish", key, "this discovery is closed")
@@ -122,11 +130,9 @@ class FileDiscovery:
                 keep_alive = KeepAlive(self._tick, self.ttl_seconds / TOUCHES_PER_TTL)
                 try:
                     keep_alive.start()
-                    self._keep_alive = keep_alive
                 except RuntimeError as err:
-                    if not adopt:
-                        self._fail("publish", key, err)
-                    logger.debug("%s is not kept alive: %s", key, err)
+                    self._fail("publish", key, err)
+                self._keep_alive = keep_alive
             self._owned[record.path] = record
 
     def _create(self, record: OwnedRecord, *, adopt: bool) -> None:

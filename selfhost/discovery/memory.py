@@ -94,6 +94,9 @@ class MemoryDiscovery:
             replace=functools.partial(self._replace, record),
         )
 
+    def remove(self, bucket: Bucket, key: RecordKey) -> None:
+        """Do nothing: whoever held a record in this memory has not died without us."""
+
     def records(self, bucket: Bucket) -> dict[RecordKey, str]:
         """Return the live records of everybody, sorted by key."""
         return self.store.snapshot(bucket)

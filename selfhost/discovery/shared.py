@@ -123,6 +123,10 @@ class SharedDiscovery:
         message = f"cannot publish {str(key)!r}: {reason}"
         raise DiscoveryError(message, backend=self.name, key=str(key)) from cause
 
+    def remove(self, bucket: Bucket, key: RecordKey) -> None:
+        """Remove what a holder left that is gone, in the inner discovery."""
+        self.inner.remove(bucket, key)
+
     def records(self, bucket: Bucket) -> dict[RecordKey, str]:
         """Return the live records of everybody, sorted by key."""
         return self.inner.records(bucket)
@@ -235,7 +239,7 @@ class _Stake:
 
     def _let_go(self, is_last: bool) -> None:
         if is_last and self._publication is None and self._has_stood_by:
-            self._publish()  # to be removed, it has to be ours
+            self._inner.remove(self.bucket, self.key)  # its holder has died, and nobody took it over
         publication, self._publication = self._publication, None
         if publication is not None:
             (publication.withdraw if is_last else publication.abandon)()

@@ -361,3 +361,17 @@ def raising(code: int) -> Callable[..., None]:
         raise OSError(code, os.strerror(code))
 
     return fail
+
+
+def test_what_a_dead_holder_left_is_removed(tmp_path: Path) -> None:
+    """Without a thread, which none could be started at exit; a record that is not there is no error."""
+    dead, survivor = FileDiscovery(tmp_path), FileDiscovery(tmp_path)
+    with dead, survivor:
+        dead.publish(Bucket.MODELS, KEY, "{}").abandon()
+        assert list(survivor.records(Bucket.MODELS)) == [KEY]
+        threads = threading.active_count()
+        for _ in range(2):
+            survivor.remove(Bucket.MODELS, KEY)
+
+        assert threading.active_count() <= threads
+        assert survivor.records(Bucket.MODELS) == {}
