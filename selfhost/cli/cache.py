@@ -9,10 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Callable
 
+from .._units import human_bytes
 from ..errors import SelfHostError
 from .cache_options import add_cache_root, open_cache
 from .cards import add_card, checksums_of, find_name, open_transports, read_card
-from .support import add_command, byte_count, human_bytes, is_terminal, print_path, printable, seconds
+from .support import add_command, byte_count, is_terminal, print_path, printable, seconds
 
 if TYPE_CHECKING:
     from ..frontend.cache import BlobCache

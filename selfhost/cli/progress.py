@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, Optional, TextIO
 
-from .support import human_bytes, printable
+from .._units import human_bytes
+from .support import printable
 
 if TYPE_CHECKING:
     from ..frontend.progress import Progress

@@ -90,18 +90,6 @@ def printable(value: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
-def human_bytes(count: float) -> str:
-    """Return a size to be read by people: 999 B, 1.2 KiB, 17.0 MiB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    count /= 1024
-    while count >= 1000 and len(units) > 1:
-        count /= 1024
-        units.pop()
-    return f"{count:.1f} {units[-1]}"
-
-
 def print_path(value: str) -> None:
     """Print a path on stdout as the file system has it, whatever the terminal's encoding is."""
     print_bytes(os.fsencode(value))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Callable
 
+from .._units import human_bytes
 from .answer import INDEX, Fields
 
 if TYPE_CHECKING:
@@ -123,15 +124,3 @@ def _row(entry: Entry, label: str, escape: Callable[[str], str]) -> str:
 
 def _relative(path: str) -> str:
     return path[len(_PARENT) :]
-
-
-def human_bytes(count: float) -> str:
-    """Return a size to be read by people: 999 B, 1.2 KiB, 17.0 MiB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    units = ["TiB", "GiB", "MiB", "KiB"]
-    count /= 1024
-    while count >= 1000 and len(units) > 1:
-        count /= 1024
-        units.pop()
-    return f"{count:.1f} {units[-1]}"

@@ -62,15 +62,3 @@ def test_what_is_no_age(value: str) -> None:
 def test_printable(value: str, expected: str) -> None:
     """What would move the cursor, forge a line or turn the text around is written as an escape."""
     assert support.printable(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (1024, "1.0 KiB"), (1_500_000, "1.4 MiB"),
-        (20 << 20, "20.0 MiB"), (3 << 30, "3.0 GiB"), (5 << 50, "5120.0 TiB"),
-    ],
-)  # fmt: skip
-def test_human_bytes(count: int, expected: str) -> None:
-    """Three or four digits, and a unit."""
-    assert support.human_bytes(count) == expected

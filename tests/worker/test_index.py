@@ -20,7 +20,7 @@ from selfhost.worker import index as module
 from selfhost.worker.app import MetadataApp
 from selfhost.worker.content import pin_bytes
 from selfhost.worker.index import Index, list_models, prefers_html
-from selfhost.worker.index_page import STYLE, human_bytes
+from selfhost.worker.index_page import STYLE
 from selfhost.worker.registry import MetadataArtifactRegistry
 
 CHROMIUM = (
@@ -371,12 +371,3 @@ def test_link_of_a_model_without_slug(registry: MetadataArtifactRegistry, index:
     registry.register("", "_base", "f", pin_bytes(b"1"))
 
     assert Page(body(ask(index, **BROWSER)).decode()).links == ["metadata//_base/f"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 KiB"), (17_209_920, "16.4 MiB"), (10**15, "909.5 TiB")],
-)
-def test_sizes_for_people(count: int, text: str) -> None:
-    """Three digits and a unit."""
-    assert human_bytes(count) == text
