@@ -165,6 +165,12 @@ class Exchange:
         self.tag = f'"{Checksum.of(self.body).hex}"'
 
     @property
+    def is_first_of_connection(self) -> bool:
+        """Whether nothing was asked for on this connection before."""
+        connection = self.request and self.request.connection
+        return [request.connection for request in self.origin.requests].count(connection) <= 1
+
+    @property
     def half(self) -> bytes:
         """The first half of the right bytes."""
         return self.body[: len(self.body) // 2]

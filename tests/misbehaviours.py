@@ -592,6 +592,38 @@ def closed_when_idle(x: Exchange) -> None:
     x.send(x.body)
 
 
+def rude_on_kept_connections(act: Misbehaviour) -> Misbehaviour:
+    """Serve the first request of each connection well, and let `act` answer every other."""
+
+    def answer(x: Exchange) -> None:
+        if x.is_first_of_connection:
+            x.answer_well()
+        else:
+            act(x)
+
+    ON_REQUEST[act.__name__] = answer
+    return act
+
+
+@rude_on_kept_connections
+def late_endless_rest(x: Exchange) -> None:
+    """Never stop once the next request comes."""
+    while True:
+        x.send(ZEROS)
+
+
+@rude_on_kept_connections
+def late_garbage(x: Exchange) -> None:
+    """Send a few bytes that are no answer."""
+    x.send(b"rest of a body\r\n\r\n")
+
+
+@rude_on_kept_connections
+def late_reset_in_header(x: Exchange) -> None:
+    """Break off in the header."""
+    reset_in_header(x)
+
+
 # ------------------------------------------------------------------ chunks
 
 

@@ -35,7 +35,10 @@ PIECE_SECONDS = 0.25  # a piece of a body is handed over by then, however small,
 
 
 class StaleConnection(FetchError):
-    """A kept connection turned out to be dead before the first byte of an answer; a new one may well work."""
+    """A kept connection was dead, or what came there was no answer: it may still belong to the last one.
+
+    A new connection may well work.
+    """
 
 
 class Connection:
@@ -56,20 +59,25 @@ class Connection:
             self._sock.settimeout(watch.allow(watch.limits.read_seconds))
             self._sock.sendall(request)
             return Answer(source, watch)
-        except BaseException as err:
+        except (OSError, http.client.HTTPException, FetchError) as err:
             self.close()
-            if not isinstance(err, (OSError, http.client.HTTPException)):
+            error = self._failure(err, watch)
+            if error is err:
                 raise
-            raise self._failure(err, source, watch) from err
+            raise error from err
+        except BaseException:
+            self.close()
+            raise
         finally:
             self._is_reused = True
 
-    def _failure(self, err: Exception, source: _Source, watch: Watch) -> FetchError:
+    def _failure(self, err: Exception, watch: Watch) -> FetchError:
         if isinstance(err, socket.timeout):  # of sendall; the source has an error of its own
             return watch.timeout("headers", watch.limits.read_seconds, "the request did not leave")
-        error = _error_of(err, watch)
-        is_stale = self._is_reused and not source.position and isinstance(err, OSError)
-        return StaleConnection(str(error), url=error.url, is_transient=True) if is_stale else error
+        error = err if isinstance(err, FetchError) else _error_of(err, watch)
+        if not self._is_reused or isinstance(error, FetchTimeout):
+            return error
+        return StaleConnection(str(error), url=error.url, is_transient=True)
 
     def is_quiet(self) -> bool:
         """Tell whether nothing has come since the last answer: neither the end nor bytes nobody asked for."""

@@ -144,7 +144,7 @@ class HttpTransport:
                 connection.close()
 
     def _ask(self, origin: Origin, request: bytes, watch: Watch) -> tuple[Connection, Answer]:
-        """Send a request on a kept connection, or on a new one if there is none or it turns out dead."""
+        """Send a request on a kept connection, or on a new one if there is none or it has no answer."""
         kept = self._pool.take(origin)
         if kept is not None:
             from .http_connection import StaleConnection

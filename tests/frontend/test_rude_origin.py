@@ -151,6 +151,9 @@ EXPECTED: dict[str, Optional[Fails]] = {
     "reset_in_header": BROKEN,
     "reset_in_body": BROKEN,
     "closed_when_idle": RIGHT,
+    "late_endless_rest": RIGHT,
+    "late_garbage": RIGHT,
+    "late_reset_in_header": RIGHT,
     # chunks
     "chunks_that_are_legal": RIGHT,
     "chunk_cut": BROKEN,
@@ -404,6 +407,17 @@ def test_odd_connection_is_not_used_again(
 
     assert content(resolver.resolve(make_card(files, origin.url))) == files
     assert len({request.connection for request in origin.requests}) == len(files)
+
+
+@pytest.mark.parametrize("name", ["late_endless_rest", "late_garbage", "late_reset_in_header"])
+def test_rest_that_comes_late(
+    rude_origin: StartOrigin, files: dict[str, bytes], resolver: MetadataResolver, name: str
+) -> None:
+    """What is no answer may still belong to the last one: asked on a new connection (catalogue 123)."""
+    origin = rude_origin(files, name)
+
+    assert content(resolver.resolve(make_card(files, origin.url))) == files
+    assert len(origin.requests) == 2 * len(files) - 1
 
 
 def test_no_encoding_and_no_credentials(
