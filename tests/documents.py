@@ -12,11 +12,13 @@ import selfhost
 from selfhost.demo_model import write_demo_model
 
 SECONDS = 30.0  # for what takes a second or two unless it is broken
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
 def read(name: str) -> str:
     """Return the text of a document, by its path from the project's root."""
-    return (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def samples(text: str) -> dict[str, str]:

@@ -42,7 +42,8 @@ _CONDITIONS = ("HTTP_RANGE", "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")
 class MetadataApp:
     """Serve a registry at /v1/metadata/{slug}/{suffix}[/{filename}]; a WSGI callable.
 
-    With a `token`, or a file that holds it, only requests that carry it see metadata; SettingsError if it
+    Without `token` and `token_file` whoever reaches the port reads all of it, whatever the environment says:
+    `from_settings` takes what is set. With one only requests that carry it see metadata; SettingsError if it
     cannot be used. `index` lists at /v1/metadata what is registered.
     """
 
