@@ -33,6 +33,8 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("http and https").add_argument
     whom = "host, address or network to talk to, and to no other; may be repeated"
     add("--allow", metavar="PEER", type=_peer, action="append", default=[], help=whom)
+    hub = "with --allow: ask the Hugging Face hub, too, and whomever it leads to, for hf: files"
+    add("--allow-hub", action="store_true", help=hub)
     whose = "certificate authorities to trust in place of the system's (DYN_MDC_TLS_CA)"
     add("--ca", metavar="FILE", type=path, help=whose)
     add("--cert", metavar="FILE", type=path, help="client certificate to show (DYN_MDC_TLS_CERT)")
@@ -67,6 +69,7 @@ def transport_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "peer_policy": AllowList(*arguments.allow) if arguments.allow else not_link_local,
         "tls": _tls(arguments),
         "tokens": _tokens(arguments),
+        "ask_hub": arguments.allow_hub or None,
         "offline": getattr(arguments, "offline", False),
     }
 

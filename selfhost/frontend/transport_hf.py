@@ -143,7 +143,8 @@ class HfTransport:
             return cached
         if not self._network:
             where = f"it is not in the local cache {self._hub!r}" if self._hub else "there is no local cache"
-            raise _failure(url, f"{where}, and the network must not be asked")
+            why = "offline, or under a peer policy without ask_hub=True or --allow-hub"
+            raise _failure(url, f"{where}, and the hub must not be asked ({why})")
         try:
             return self._from_hub(url, file, limit)
         except FetchError as err:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import helpers
 import pytest
 
+import selfhost
 from selfhost import BlobCache, Checksum, DistributedRuntime, LocalModel, Settings, cli
 from selfhost.card.checksum import hash_fd
 from selfhost.frontend import stamps
@@ -199,6 +200,23 @@ def test_fetch_from_those_allowed(run: Any, worker: Worker, card_file: Path, pee
 
     assert result.returncode == code
     assert ("by the peer policy" in result.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_asked"), [((), True), (("--allow", "w"), False), (("--allow", "w", "--allow-hub"), True)]
+)
+def test_hub_is_not_allowed_by_allow(
+    run: Any, tmp_path: Path, options: tuple[str, ...], is_asked: bool
+) -> None:
+    """With --allow a card does not make anybody ask the hub, unless that is said, too."""
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('the hub would be asked')")
+    card = helpers.make_card({"config.json": b"{}"}, "hf://org/name").to_json()
+    path = os.pathsep.join((str(Path(selfhost.__file__).parents[1]), str(tmp_path)))
+    commands = [run(name, "-", *options, stdin=card, PYTHONPATH=path) for name in ("fetch", "doctor")]
+
+    assert [done.returncode for done in commands] == [1, 1]
+    told = [done.stdout + done.stderr for done in commands]
+    assert ["the hub would be asked" in text for text in told] == [is_asked] * 2
 
 
 def test_fetch_goes_on_with_a_replicas_card(run: Any, worker: Worker, model_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import RudeOrigin, make_card
@@ -12,6 +13,7 @@ from helpers import RudeOrigin, make_card
 from selfhost.card.model_card import ModelDeploymentCard
 from selfhost.errors import ResolveError, SchemeNotAllowed
 from selfhost.frontend.cache import BlobCache
+from selfhost.frontend.peer_policy import AllowList, not_link_local
 from selfhost.frontend.resolver import MetadataResolver, ResolverLimits
 from selfhost.frontend.transport import PATH_SCHEME, FetchLimits, origin_of, scheme_of, transport_for
 from selfhost.frontend.transport_file import FileTransport
@@ -37,6 +39,22 @@ def test_folders_that_are_named_open_paths(tmp_path: object) -> None:
     assert sorted(table) == [PATH_SCHEME, "file", "hf", "http", "https"]
     assert isinstance(table["file"], FileTransport)
     assert table["file"] is table[PATH_SCHEME]
+
+
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [
+        ({}, True),
+        ({"peer_policy": not_link_local}, True),
+        ({"peer_policy": AllowList("10.0.0.0/8")}, False),
+        ({"peer_policy": AllowList("10.0.0.0/8"), "ask_hub": True}, True),
+        ({"ask_hub": False}, False),
+        ({"ask_hub": True, "offline": True}, False),
+    ],
+)
+def test_hub_and_peer_policy(options: dict[str, Any], asks: bool) -> None:
+    """Whom huggingface_hub talks to no policy decides: with one it is not asked, unless one says so."""
+    assert f"network={asks}>" in repr(default_transports(**options)["hf"])
 
 
 def test_limits_reach_http() -> None:

@@ -245,7 +245,7 @@ def test_not_cached(put: Callable[..., Path], local: HfTransport, hub: Path) -> 
     (folder / "snapshots" / COMMIT / "broken").symlink_to("../../blobs/gone")
 
     for url in ("hf://org/name/g", "hf://org/name/f/g", "hf://org/name/broken", "hf://other/f"):
-        error = refused(local, url, f"not in the local cache '{hub}', and the network must not be asked")
+        error = refused(local, url, f"not in the local cache '{hub}', and the hub must not be asked")
         assert not error.is_transient
 
 
@@ -303,7 +303,7 @@ def test_place_of_the_cache(
     monkeypatch.delenv("HF_HOME")
 
     assert fetch(transport, "hf://org/name/f") == b"f"
-    refused(homeless, "hf://org/name/f", "there is no local cache, and the network")
+    refused(homeless, "hf://org/name/f", "there is no local cache, and the hub")
 
 
 def test_facts(local: HfTransport, hub: Path) -> None:
@@ -487,7 +487,7 @@ def test_offline(package: Callable[[], list[list[Any]]], put: Callable[..., Path
     view = transport.offline()
 
     assert fetch(view, "hf://org/name/f") == b"cached"
-    refused(view, "hf://org/name/g", "the network must not be asked")
+    refused(view, "hf://org/name/g", "the hub must not be asked")
     assert repr(view) == f"<HfTransport hub_cache={str(hub)!r} network=False>"
     assert view.offline() is view
     assert "huggingface_hub" not in sys.modules
@@ -550,8 +550,8 @@ def test_strange_error_of_the_package(package: Callable[[], list[list[Any]]], hu
 
 
 def test_network_not_allowed(package: Callable[[], list[list[Any]]], local: HfTransport) -> None:
-    """Where the network must not be asked, the package is not even loaded."""
-    refused(local, "hf://org/name/f", "the network must not be asked")
+    """Where the hub must not be asked, the package is not even loaded."""
+    refused(local, "hf://org/name/f", "the hub must not be asked")
 
     assert "huggingface_hub" not in sys.modules
 
