@@ -118,9 +118,10 @@ class Settings:
 class FrontendSettings:
     """What a frontend takes from the environment: places on its own disk, and whom it trusts.
 
-    A `~` that a variable begins with is HOME, as huggingface_hub has it; without a HOME such a variable is as
-    good as unset. Nothing else is expanded. A relative path is left as it is: a cache or transport
-    takes it from the working directory in which it is made. Set absolute ones.
+    A `~` that a variable begins with is HOME, as huggingface_hub has it. A place that is blank, or needs a
+    HOME that is none, is as good as unset; where that is about trust, it is an error: without a word, a CA of
+    one's own would become all public ones. Nothing else is expanded. A relative path is left as it is: a
+    cache or transport takes it from the working directory in which it is made. Set absolute ones.
     """
 
     cache_root: Optional[str] = None  # DYN_MDC_CACHE, else Dynamo's place below HOME; None: there is no HOME
@@ -133,7 +134,10 @@ class FrontendSettings:
 
     @classmethod
     def from_env(cls, environ: Optional[Mapping[str, str]] = None) -> FrontendSettings:
-        """Read the settings from `environ` (None: this process's own, as it is now); never raises."""
+        """Read the settings from `environ` (None: this process's own, as it is now).
+
+        Raises SettingsError for a variable about trust that is set, and names no file.
+        """
         env = os.environ if environ is None else environ
         home = env.get("HOME", "")
         below_home = os.path.join(home, ".cache") if os.path.isabs(home) else None
@@ -141,10 +145,10 @@ class FrontendSettings:
             cache_root=_place("DYN_MDC_CACHE", env) or _join(below_home, "dynamo", "mdc"),
             hf_hub_cache=_place("HF_HUB_CACHE", env)
             or _join(_place("HF_HOME", env) or _join(below_home, "huggingface"), "hub"),
-            tls_ca=_place("DYN_MDC_TLS_CA", env),
-            tls_cert=_place("DYN_MDC_TLS_CERT", env),
-            tls_key=_place("DYN_MDC_TLS_KEY", env),
-            tokens_file=_place("DYN_MDC_TOKENS_FILE", env),
+            tls_ca=_trust("DYN_MDC_TLS_CA", env),
+            tls_cert=_trust("DYN_MDC_TLS_CERT", env),
+            tls_key=_trust("DYN_MDC_TLS_KEY", env),
+            tokens_file=_trust("DYN_MDC_TOKENS_FILE", env),
             home=home,
         )
 
@@ -156,12 +160,21 @@ def loader_environment(environ: Optional[Mapping[str, str]] = None) -> dict[str,
 
 
 def _place(variable: str, env: Mapping[str, str]) -> Optional[str]:
-    """Return the folder that a variable names, None where it is unset or would need a HOME that is none."""
+    """Return the folder or file that a variable names, None where it is unset or would need a HOME that is none."""
     text = env.get(variable, "")
     if text != "~" and not text.startswith("~/"):
         return text or None
     home = env.get("HOME", "")
     return home.rstrip("/") + text[1:] or "/" if os.path.isabs(home) else None
+
+
+def _trust(variable: str, env: Mapping[str, str]) -> Optional[str]:
+    """Return the file that says whom to trust or what to show, None where the variable is unset."""
+    text = _guard(variable, env)
+    place = _place(variable, env)
+    if text is not None and place is None:
+        raise _unusable(variable, text, "an absolute path, for there is no HOME that ~ could stand for")
+    return place
 
 
 def _join(folder: Optional[str], *parts: str) -> Optional[str]:
@@ -191,9 +204,9 @@ def _port(variable: str, env: Mapping[str, str]) -> Optional[int]:
 
 
 def _guard(variable: str, env: Mapping[str, str]) -> Optional[str]:
-    """Return what guards the port, None where the variable is unset.
+    """Return what guards a port or a frontend, None where the variable is unset.
 
-    One that is set but blank is most likely a secret that did not arrive: the port must not stand open then.
+    One that is set but blank is most likely a secret that did not arrive: nothing must stand open then.
     """
     text = env.get(variable)
     if text is not None and not text.strip():

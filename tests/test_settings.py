@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Optional
 
 import pytest
 
@@ -158,6 +159,30 @@ def test_given_value_takes_the_place_of_its_variable() -> None:
 def test_places_of_a_frontend(environ: dict[str, str], cache_root: str, hub_cache: str) -> None:
     """Dynamo's place below HOME and Hugging Face's; a `~` at the start of a variable is HOME."""
     assert FrontendSettings.from_env(environ) == FrontendSettings(cache_root, hub_cache)  # catalogue 139
+
+
+TRUST = ["DYN_MDC_TLS_CA", "DYN_MDC_TLS_CERT", "DYN_MDC_TLS_KEY", "DYN_MDC_TOKENS_FILE"]
+
+
+@pytest.mark.parametrize("variable", TRUST)
+@pytest.mark.parametrize(
+    ("text", "home"), [("", "/h"), (" ", "/h"), ("~/ca.pem", None), ("~", ""), ("~/ca.pem", "relative")]
+)
+def test_trust_that_cannot_be_told_is_an_error(variable: str, text: str, home: Optional[str]) -> None:
+    """Whom to trust, and with which token, is not what somebody else says when the file has no name."""
+    environ = {variable: text, **({} if home is None else {"HOME": home})}
+    with pytest.raises(SettingsError, match=f"^{variable}='") as caught:
+        FrontendSettings.from_env(environ)
+
+    assert (caught.value.variable, caught.value.value) == (variable, text)
+    assert ("HOME" in str(caught.value)) == text.startswith("~")
+
+
+def test_trust_below_home() -> None:
+    """With a HOME `~` is that."""
+    found = FrontendSettings.from_env({"HOME": "/h", **dict.fromkeys(TRUST, "~/f")})
+
+    assert [found.tls_ca, found.tls_cert, found.tls_key, found.tokens_file] == ["/h/f"] * 4
 
 
 def test_frontend_settings_read_nothing_by_themselves() -> None:
