@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import signal
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Callable, Optional
 
+from .._threads import start_thread
 from ..settings import ServerLimits
 from .connection import RECEIVE_BYTES, Connection
 from .counters import ServerCounters
@@ -36,7 +36,7 @@ _BUSY = (
 
 
 class EventLoop:
-    """Serve `listener` until `stop`, by `start` on a thread of its own or by `run` on the caller's.
+    """Serve `listener` until `stop`, on a thread of its own.
 
     Owns every socket from here on; `close_descriptors` is for one that never ran. Raises SettingsError for
     `tls` files that cannot be used.
@@ -63,7 +63,7 @@ class EventLoop:
         self._date = ""
         self._date_until = 0.0
         self._renew_date(time.monotonic())
-        self._thread = threading.Thread(target=self.run, name="selfhost-status-server", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="selfhost-status-server", daemon=True)
         self._handlers: dict[int, Callable[[float], None]] = {}  # by descriptor; called with the loop's time
         self._poller = new_poller()
         try:
@@ -81,7 +81,7 @@ class EventLoop:
 
     def start(self) -> None:
         """Serve on a thread of its own; RuntimeError where the system has none to give."""
-        self._thread.start()
+        start_thread(self._thread)
 
     def stop(self, timeout: float) -> None:
         """End the thread, after at most `timeout` seconds for the answers on their way."""
@@ -109,11 +109,8 @@ class EventLoop:
 
     # -------------------------------------------------------------- the thread
 
-    def run(self) -> None:
-        """Serve on this thread until `stop`."""
-        # Where the host restored SIGPIPE's default, a client that hangs up would end the host's process.
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    def _run(self) -> None:
+        """Serve until `stop`."""
         try:
             while not self._is_done():
                 try:

@@ -275,6 +275,26 @@ def test_out_of_descriptors(run_script: Any) -> None:
 
 # ------------------------------------------------------------------ the loop itself
 
+BLOCKED_SIGNAL = """
+import os, signal
+from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.server import SystemStatusServer
+
+server = SystemStatusServer(MetadataArtifactRegistry()).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.kill(os.getpid(), signal.SIGTERM)
+assert signal.sigwait({signal.SIGTERM}) == signal.SIGTERM
+server.close()
+print("in order")
+"""
+
+
+def test_signal_that_the_host_has_blocked(run_script: Any) -> None:
+    """A signal waits for the host's own thread, which blocked it after the server had been started."""
+    done = run_script(BLOCKED_SIGNAL)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in order\n", "")
+
 
 def test_idle_server_sleeps(server: SystemStatusServer, connect: Any, wait_until: Any) -> None:
     """With nobody connected the thread does not wake up at all."""
