@@ -16,6 +16,7 @@ import threading
 from typing import Callable, Optional
 
 from .._atomic import place_absent, place_over, staged
+from .._threads import log_safely
 from . import layout
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,7 @@ class OwnedRecord:
         with self._lock:
             if self._is_withdrawn:  # only a close() finds a record that nobody has been given yet
                 raise NotOurs("this discovery is closed")
-            if adopt and self._look() is _State.OURS:
-                self._touch()
-            else:
+            if not (adopt and self._look() is _State.OURS and self._touch()):
                 self._put(self._data, place_over if adopt else place_absent)
             self._is_live = True
 
@@ -72,13 +71,15 @@ class OwnedRecord:
             if not self._is_live:
                 return
             state = self._look()
-            if state is _State.OURS:
-                self._touch()
-            elif state is _State.MISSING:
+            if state is _State.OURS and not self._touch():
+                state = _State.MISSING
+            if state is _State.MISSING:
                 self._put(self._data, place_absent)
-                logger.info("%r was removed, or expired while we were stopped: made again", self.path)
-            elif not self.is_foreign:
-                logger.warning("%r now holds somebody else's record; it is left alone", self.path)
+                message = "%r was removed, or expired while we were stopped: made again"
+                log_safely(logger, logging.INFO, message, self.path)
+            elif state is _State.FOREIGN and not self.is_foreign:
+                message = "%r now holds somebody else's record; it is left alone"
+                log_safely(logger, logging.WARNING, message, self.path)
             self.is_foreign = state is _State.FOREIGN
 
     def replace(self, data: bytes) -> None:
@@ -128,10 +129,15 @@ class OwnedRecord:
         except FileNotFoundError:
             return _State.MISSING
 
-    def _touch(self) -> None:
+    def _touch(self) -> bool:
+        """Show that the owner lives; False where somebody has just removed the file."""
         now = self._now_ns()
-        os.utime(self.path, ns=(now, now), follow_symlinks=False)
-        self._stamp = _stamp(os.lstat(self.path))  # read back: a file system may round the time
+        try:
+            os.utime(self.path, ns=(now, now), follow_symlinks=False)
+            self._stamp = _stamp(os.lstat(self.path))  # read back: a file system may round the time
+        except FileNotFoundError:
+            return False
+        return True
 
     def _put(self, data: bytes, place: Callable[[str, str], None]) -> None:
         directory = os.path.dirname(self.path)

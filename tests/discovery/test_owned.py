@@ -70,6 +70,47 @@ def test_lost_record_is_made_again(
     assert store.records(Bucket.MODELS) == {KEY: '{"a":1}'}
 
 
+@pytest.fixture
+def swept_once_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function after which somebody sweeps the record as soon as its owner has looked at it."""
+    look = OwnedRecord._look
+
+    def look_and_lose(record: OwnedRecord) -> object:
+        state = look(record)
+        (folder / NAME).unlink(missing_ok=True)
+        return state
+
+    return lambda: monkeypatch.setattr(OwnedRecord, "_look", look_and_lose)
+
+
+def test_record_swept_while_it_is_adopted_is_made_anew(
+    slow_store: FileDiscovery, folder: Path, swept_once_seen: Callable[[], None]
+) -> None:
+    """What dead workers left is stale by the time that new ones come, and everybody sweeps."""
+    slow_store.publish(Bucket.MODELS, KEY, "{}").abandon()
+    swept_once_seen()
+
+    slow_store.publish(Bucket.MODELS, KEY, "{}", adopt=True)
+
+    assert (folder / NAME).read_text() == "{}"
+
+
+def test_record_swept_while_it_is_touched_is_made_again(
+    slow_store: FileDiscovery,
+    folder: Path,
+    swept_once_seen: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """At once, without a word of trouble."""
+    slow_store.publish(Bucket.MODELS, KEY, "{}")
+    swept_once_seen()
+
+    slow_store._tick()
+
+    assert (folder / NAME).read_text() == "{}"
+    assert caplog.text == ""
+
+
 def test_replaced_text_is_what_comes_back(store: FileDiscovery, folder: Path, eventually: Eventually) -> None:
     """Not the text of the first publication."""
     store.publish(Bucket.MODELS, KEY, '{"a":1}').replace('{"a":2}')
