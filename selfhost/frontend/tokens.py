@@ -37,9 +37,7 @@ class Tokens:
     """
 
     def __init__(self, given: Optional[Mapping[str, str]] = None, *, file: Optional[_Path] = None) -> None:
-        self._given = {
-            parse_origin(origin): _checked(token, origin) for origin, token in (given or {}).items()
-        }
+        self._given = dict(_parse_entry(*entry) for entry in enumerate((given or {}).items(), 1))
         self._path = None if file is None else os.fspath(file)
         self._of_file = Renewable(self._read, [] if self._path is None else [self._path])
 
@@ -83,11 +81,12 @@ def parse_origin(text: str) -> Origin:
 
 
 def origin_text(url: str) -> str:
-    """Return the origin of a URL as `parse_origin` takes it; what has none is left for that to refuse."""
+    """Return the origin of a URL as `parse_origin` takes it; SettingsError if it has none."""
     parsed = urls.parse(url)
-    if parsed is None:
-        return url
-    return str(parsed._replace(userinfo="", path="/", query=None, fragment=None))
+    if parsed is not None:
+        url = str(parsed._replace(userinfo="", path="/", query=None, fragment=None))
+    parse_origin(url)
+    return url
 
 
 def read_token(path: str) -> str:
@@ -118,6 +117,20 @@ def _parse(text: str, path: str) -> dict[Origin, str]:
             raise _unusable_file(path, f"line {number} {why}")
         tokens[key] = token
     return tokens
+
+
+def _parse_entry(number: int, entry: tuple[str, str]) -> tuple[Origin, str]:
+    """Return origin and token of an entry; an error shows neither, as one may stand in the other's place."""
+    origin, token = entry
+    try:
+        key = parse_origin(origin)
+    except SettingsError:
+        raise SettingsError(
+            f"cannot use entry {number} of tokens= (not shown): expected the origin {_ACCEPTED_ORIGIN} "
+            "and nothing else in front of its token",
+            variable="tokens", value=None, accepted=_ACCEPTED_ORIGIN,
+        ) from None  # fmt: skip
+    return key, _checked(token, origin)
 
 
 def _checked(token: str, origin: str) -> str:

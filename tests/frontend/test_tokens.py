@@ -275,6 +275,7 @@ def test_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
         {"https://gpu7/": "two words"}, {"https://gpu7": ""}, {"https://gpu7": f"{TOKEN}\r\nX: y"},
         {"https://gpu7": f"{TOKEN}é"}, {"gpu7": TOKEN}, {"https://gpu7/v1": TOKEN}, {"https://gpu7?a": TOKEN},
         {"https://me:pass@gpu7": TOKEN}, {"ws://gpu7": TOKEN}, {"https://": TOKEN},
+        {TOKEN: "https://gpu7"},
     ],
 )  # fmt: skip
 def test_given_tokens_that_cannot_be_used(given: Mapping[str, str]) -> None:
@@ -282,7 +283,15 @@ def test_given_tokens_that_cannot_be_used(given: Mapping[str, str]) -> None:
     with pytest.raises(SettingsError) as caught:
         HttpTransport(tokens=given)
 
-    assert not any(secret in str(caught.value) for secret in (TOKEN, "two words", "me:pass"))
+    told = "".join(traceback.format_exception(None, caught.value, caught.value.__traceback__))
+    told += f"{vars(caught.value)}"
+    assert not any(secret in told for secret in (TOKEN, "two words", "me:pass"))
+
+
+def test_given_token_in_the_wrong_place() -> None:
+    """The entry is told by its number."""
+    with pytest.raises(SettingsError, match=r"cannot use entry 2 of tokens= \(not shown\)"):
+        Tokens({"https://gpu8": TOKEN, TOKEN: "https://gpu7"})
 
 
 def test_file_with_one_token(tmp_path: Path) -> None:
@@ -302,6 +311,8 @@ def test_origin_of_a_url() -> None:
     url = "https://me:pass@gpu7:9090/v1/metadata/m/_base?a#b"
 
     assert Tokens({origin_text(url): TOKEN}).of(HERE) == TOKEN
+    with pytest.raises(SettingsError, match="'ftp://gpu7/'"):
+        origin_text("ftp://gpu7/v1")
 
 
 # ------------------------------------------------------------------ from the environment
