@@ -115,7 +115,7 @@ class EventLoop:
             while not self._is_done():
                 try:
                     self._turn()
-                except Exception:  # must not take the server down, whatever it is
+                except BaseException:  # must not take the server down, whatever it is
                     logger.exception("the status server goes on after an unexpected error")
                     time.sleep(PAUSE_SECONDS)
         finally:

@@ -79,7 +79,7 @@ class Site:
             return {}, ""
         try:
             endpoints = {str(name): str(state) for name, state in dict(self._endpoints()).items()}
-        except (Exception, SystemExit):  # it is the host's
+        except BaseException:  # it is the host's: CancelledError and SystemExit are no Exception
             logger.exception("cannot tell the state of the worker's endpoints")
             return {}, "the worker's state is not known"
         if not endpoints:

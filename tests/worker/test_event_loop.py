@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -308,11 +308,13 @@ def test_idle_server_sleeps(server: SystemStatusServer, connect: Any, wait_until
     assert len(turns) <= 1
 
 
+@pytest.mark.parametrize("fault", [ZeroDivisionError("once"), asyncio.CancelledError()])
 def test_failing_turn_does_not_end_the_server(
-    server: SystemStatusServer, connect: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+    fault: BaseException, server: SystemStatusServer, connect: Any, wait_until: Any,
+    monkeypatch: pytest.MonkeyPatch, caplog: Any,
+) -> None:  # fmt: skip
     """An error nobody thought of is logged, and the server goes on."""  # catalogue 146
-    faults: Iterator[Exception] = iter([ZeroDivisionError("once")])
+    faults = iter([fault])
     original = server._loop._sweep  # type: ignore[union-attr]
 
     def sweep(now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -66,7 +67,10 @@ def test_health_says_why(
     }
 
 
-@pytest.mark.parametrize("error", [ValueError("secret"), KeyError(), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("secret"), KeyError(), SystemExit(1), asyncio.CancelledError(), BaseException()],
+)
 def test_unknown_state_is_not_ready(
     registry: MetadataArtifactRegistry, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
