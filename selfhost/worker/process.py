@@ -19,12 +19,12 @@ Sharing: any number of threads. A forked child closes its copies of the descript
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import threading
 import time
 from typing import Any, Callable, Optional
 
+from .._threads import start_thread
 from ..errors import StatusServerError
 from .counters import ServerCounters
 from .process_channel import Message
@@ -93,9 +93,9 @@ class ServerProcess:
             self._unfollow = self._registry.follow(self._mirror)
         try:
             if self._endpoints is not None:
-                self._asker.start()
+                start_thread(self._asker)
                 self._asked.wait(STATES_SECONDS)
-            self._supervisor.start()
+            start_thread(self._supervisor)
             self._started.wait(START_SECONDS + 2 * END_SECONDS)
             if not self._has_served:
                 raise self._failure or StatusServerError("its process does not serve", address="")
@@ -152,8 +152,6 @@ class ServerProcess:
     # -------------------------------------------------------------- the supervisor
 
     def _supervise(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):  # the host's SIGPIPE may be deadly
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         delay = 0.0
         try:
             while not self._closing.wait(delay):

@@ -680,6 +680,21 @@ except ChildProcessError:
     assert "no zombie" in done.stdout
 
 
+def test_threads_take_no_signal_of_the_host(run_script: Any) -> None:
+    """What the host blocks later, to fetch it when it suits, is delivered to no thread of ours."""
+    code = """
+server = SystemStatusServer(MetadataArtifactRegistry(), endpoints=dict, isolation="process")
+start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.kill(os.getpid(), signal.SIGTERM)
+print(signal.sigtimedwait({signal.SIGTERM}, 20).si_signo == signal.SIGTERM)
+server.close()
+"""
+    done = run_script(HOST + code)
+
+    assert (done.returncode, done.stderr, done.stdout.split()[1:]) == (0, "", ["True"])
+
+
 def test_interrupt_is_for_the_host(run_script: Any) -> None:
     """Ctrl-C reaches the host's process group, and the process serves until the host stops it."""
     code = """
