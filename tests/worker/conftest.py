@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import json
@@ -358,3 +359,19 @@ def connect_tls(connect: Any, client_tls: ssl.SSLContext) -> Callable[..., RawCl
         return client
 
     return connect_to
+
+
+# ------------------------------------------------------------------ registries that processes share
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Return the path of a folder that is not there yet."""
+    return str(tmp_path / "shared")
+
+
+@pytest.fixture
+def shared(leaves_nothing: None, folder: str) -> Iterator[Callable[[], MetadataArtifactRegistry]]:
+    """Open registries of this process on the folder, each like another process; closed with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(contextlib.closing(MetadataArtifactRegistry(shared=folder)))

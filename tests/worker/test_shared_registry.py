@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -75,19 +74,6 @@ class Peer:
         if number:
             self.process.send_signal(number)
         self.process.communicate(timeout=TIMEOUT)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """Return the path of a folder that is not there yet."""
-    return str(tmp_path / "shared")
-
-
-@pytest.fixture
-def shared(leaves_nothing: None, folder: str) -> Iterator[Callable[[], MetadataArtifactRegistry]]:
-    """Open registries of this process on the folder; they are closed with the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(contextlib.closing(MetadataArtifactRegistry(shared=folder)))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
@@ -26,19 +25,6 @@ from selfhost.worker.shared_content import SharedContent
 MakeFile = Callable[[str, bytes], str]
 PATH = "/v1/metadata/m/_base/f"
 SMALL, LARGE = b"small", os.urandom(200_000)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """Return the path of a folder that is not there yet."""
-    return str(tmp_path / "shared")
-
-
-@pytest.fixture
-def shared(leaves_nothing: None, folder: str) -> Iterator[Callable[[], MetadataArtifactRegistry]]:
-    """Open registries of this process on the folder, as if each were another process."""
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(contextlib.closing(MetadataArtifactRegistry(shared=folder)))
 
 
 @pytest.fixture

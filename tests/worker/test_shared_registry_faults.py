@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -27,19 +26,6 @@ from selfhost.worker.shared_journal import MAX_LINE_BYTES
 PLAIN = "/v1/metadata/m/_base/f"
 ONE, TWO = b"one", b"two"
 HEX = "0" * 64
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """Return the path of a folder that is not there yet."""
-    return str(tmp_path / "shared")
-
-
-@pytest.fixture
-def shared(leaves_nothing: None, folder: str) -> Iterator[Callable[[], MetadataArtifactRegistry]]:
-    """Open registries of this process on the folder; they are closed with the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(contextlib.closing(MetadataArtifactRegistry(shared=folder)))
 
 
 def read(registry: MetadataArtifactRegistry, target: str = PLAIN) -> bytes | None:
