@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Callable, NoReturn, Optional, Union
 
+from .._threads import log_safely
 from ..errors import DiscoveryError
 from . import layout
 from .base import (
@@ -156,7 +157,8 @@ class FileDiscovery:
         try:
             record.remove()
         except OSError as err:
-            logger.warning("could not remove %r (%s); it expires in %g s", record.path, err, self.ttl_seconds)
+            message = "could not remove %r (%s); it expires in %g s"
+            log_safely(logger, logging.WARNING, message, record.path, err, self.ttl_seconds)
         self._forget(record)
 
     def _abandon(self, record: OwnedRecord) -> None:
@@ -257,13 +259,14 @@ class FileDiscovery:
         """Log what came of one round of an action: each kind of trouble once, until a round without any."""
         if not errors:
             if self._troubles.pop(action, None):  # of several threads one gets it
-                logger.info("can %s again", action)
+                log_safely(logger, logging.INFO, "can %s again", action)
             return
         logged = self._troubles.setdefault(action, set())
         for err in errors:
             if err.errno not in logged:
                 logged.add(err.errno)
-                logger.warning("cannot %s: %s (tried again; such errors are logged once)", action, err)
+                message = "cannot %s: %s (tried again; such errors are logged once)"
+                log_safely(logger, logging.WARNING, message, action, err)
 
     # -------------------------------------------------------------- the end
 

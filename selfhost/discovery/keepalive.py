@@ -10,6 +10,8 @@ import logging
 import threading
 from typing import Callable
 
+from .._threads import log_safely, start_thread
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +26,7 @@ class KeepAlive:
 
     def start(self) -> None:
         """Start the thread; RuntimeError where the system has none to give."""
-        self._thread.start()
+        start_thread(self._thread)
 
     def stop(self, timeout: float = 2.0) -> None:
         """Tell the thread to end and wait for it up to `timeout` seconds (it may hang on a dead disk)."""
@@ -36,5 +38,6 @@ class KeepAlive:
         while not self._stopped.wait(self._seconds):
             try:
                 self._tick()
-            except Exception:
-                logger.exception("the keep-alive of discovery records failed; it goes on")
+            except Exception:  # noqa: BLE001 - it is logged, and every record would expire with the thread
+                message = "the keep-alive of discovery records failed; it goes on"
+                log_safely(logger, logging.ERROR, message, exc_info=True)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
 
 import pytest
+from helpers import TIMEOUT
 
 from selfhost.discovery import Bucket, FileDiscovery, RecordKey
+from selfhost.discovery.keepalive import KeepAlive
 from selfhost.errors import DiscoveryError
 
 KEY = RecordKey("ns", "comp", "ep", 0xABC)
@@ -73,3 +79,68 @@ def test_bug_in_a_touch_does_not_end_the_thread(
 
     eventually(lambda: len(calls) >= 2)
     assert "ZeroDivisionError" in caplog.text
+
+
+class Broken(logging.Handler):
+    """A host's handler whose sink is down."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Fail."""
+        raise RuntimeError("no sink")
+
+
+@pytest.fixture
+def broken_log() -> Iterator[None]:
+    """Let whatever the discovery logs raise."""
+    logger, broken = logging.getLogger("selfhost.discovery"), Broken()
+    logger.addHandler(broken)
+    yield
+    logger.removeHandler(broken)
+
+
+@pytest.mark.usefixtures("broken_log")
+def test_broken_log_does_not_end_the_thread(
+    store: FileDiscovery, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """All records would expire with it."""
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(store, "_tick", fail)
+    store.publish(Bucket.MODELS, KEY, "{}")
+
+    eventually(lambda: len(calls) >= 2)
+
+
+@pytest.mark.usefixtures("broken_log")
+def test_broken_log_keeps_no_other_record_from_being_touched(slow_store: FileDiscovery, folder: Path) -> None:
+    """Whatever there is to say about the first one: it is a stranger's now."""
+    for number in range(2):
+        slow_store.publish(Bucket.MODELS, RecordKey("ns", "comp", "ep", number), "{}")
+    stranger, ours = (folder / f"ns%2Fcomp%2Fep%2F{number}" for number in range(2))
+    stranger.write_text("[]")
+    os.utime(ours, (0, 0))
+
+    slow_store._tick()
+
+    assert ours.stat().st_mtime > 0
+
+
+def test_thread_takes_no_signals() -> None:
+    """The host may wait for one in its own way."""
+    masks: list[set[int]] = []
+    seen = threading.Event()
+
+    def look() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        seen.set()
+
+    keep_alive = KeepAlive(look, 0.001)
+    keep_alive.start()
+    assert seen.wait(TIMEOUT)
+    keep_alive.stop()
+
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD} <= masks[0]
