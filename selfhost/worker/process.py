@@ -18,6 +18,7 @@ Sharing: any number of threads. A forked child closes its copies of the descript
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -145,7 +146,8 @@ class ServerProcess:
 
     def _ask_states(self) -> None:
         while self._endpoints is not None and not self._closing.is_set():
-            self._mirror.ask_states(self._endpoints)
+            with contextlib.suppress(BaseException):  # it is noted, and this thread has nobody to hand it to
+                self._mirror.ask_states(self._endpoints)
             self._asked.set()
             self._closing.wait(STATES_SECONDS)
 

@@ -74,13 +74,20 @@ class Mirror:
         self._note(Note(removed=registration))
 
     def ask_states(self, endpoints: EndpointStates) -> None:
-        """Ask for the endpoints' states, here and now, and note them; whatever that call raises, too."""
+        """Ask for the endpoints' states, here and now, and note them; whatever that call raises, too.
+
+        Raises only what ends a program, KeyboardInterrupt and SystemExit: it may be meant for this thread.
+        """
         number = next(self._asks)
         try:
             found = {str(name): str(state) for name, state in dict(endpoints()).items()}
-            states: dict[str, Any] = {"states": found}
-        except (Exception, SystemExit):  # noqa: BLE001 - it is the host's; who asks for /health gets it logged
-            states = {"failure": traceback.format_exc()}
+            self._note_states(number, {"states": found})
+        except BaseException as error:  # the host's; CancelledError and gevent's Timeout are no Exception
+            self._note_states(number, {"failure": traceback.format_exc()})  # logged for who asks for /health
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+
+    def _note_states(self, number: int, states: dict[str, Any]) -> None:
         with self._changed:
             if number > self._states_asked:  # a slow call must not undo what a later one has found
                 self._states_asked = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -337,6 +338,44 @@ def test_hanging_callback(
     server.close()
     assert time.monotonic() - started < 3.0
     is_over.set()
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(1)])
+def test_callback_that_raises_anything(
+    error: BaseException, start_server: Any, get: Any, wait_until: Any
+) -> None:
+    """Whatever a host's callback raises, it is asked again a second later."""
+    errors = [error]
+
+    def states() -> dict[str, str]:
+        if errors:
+            raise errors[0]
+        return {"generate": "ready"}
+
+    server = start_server(endpoints=states)
+    health = get(server, "/health")
+    errors.clear()
+
+    assert (health.status, b"not known" in health.body) == (503, True)
+    assert wait_until(lambda: get(server, "/health").status == 200)
+
+
+def test_interrupt_while_states_are_told(start_server: Any, get: Any) -> None:
+    """In a thread of the host's own what ends a program goes on to the host, and nothing else does."""
+    errors: list[BaseException] = []
+
+    def states() -> dict[str, str]:
+        raise errors[0] if errors else ValueError
+
+    server = start_server(endpoints=states)
+    for error in (KeyboardInterrupt(), SystemExit(1)):
+        errors[:] = [error]
+        with pytest.raises(type(error)):
+            server.states_changed()
+    errors[:] = [asyncio.CancelledError()]
+    server.states_changed()
+
+    assert get(server, "/health").status == 503
 
 
 def test_states_are_told_in_the_order_of_asking() -> None:
