@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ..errors import RegistrationError
 from .answer import CARD
+from .artifact_index import ArtifactIndex, all_of
 from .artifacts import Artifact as Artifact
-from .artifacts import ArtifactIndex, Row, all_of, model_target
 from .artifacts import Follower as Follower
 from .artifacts import Registration as Registration
+from .artifacts import Row, model_target
 from .content import MAX_PINNED_BYTES, Content, HeldFile, MemoryContent, pin_bytes, pin_file
 from .names import MAX_NAME_BYTES as MAX_NAME_BYTES
 from .names import segment

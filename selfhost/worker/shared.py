@@ -32,7 +32,8 @@ from typing import Optional, Union
 
 from ..errors import RegistrationError
 from .answer import CARD
-from .artifacts import ArtifactIndex, Registration, Row
+from .artifact_index import ArtifactIndex
+from .artifacts import Registration, Row
 from .shared_content import SharedContent
 from .shared_folder import Busy, SharedFolder, forget_locks
 from .shared_journal import MAX_LINE_BYTES, Change, Gone, Remove, render, write_journal

@@ -1,8 +1,8 @@
 """One process's copy of a shared registry: the dictionaries of a plain one, fed from the journal.
 
 The copies of all processes are equal once they have read equally far: what is registered follows from the set
-of open registrations (artifacts.py). So a journal that was replaced is read whole, into the dictionaries that
-are there: what it adds is added first, what it no longer has is removed then, and nothing is ever missing.
+of open registrations (artifact_index.py). So a journal that was replaced is read whole, into the dictionaries
+that are there: what it adds is added first, what it no longer has is removed then, nothing is ever missing.
 
 Look-ups take no lock; a refresh that finds nothing new takes none either, and costs one fstat.
 """
@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from typing import Optional
 
 from ..errors import RegistrationError
-from .artifacts import ArtifactIndex, Registration, Row
+from .artifact_index import ArtifactIndex
+from .artifacts import Registration, Row
 from .shared_content import ContentStore
 from .shared_folder import SharedFolder
 from .shared_journal import Add, Change, File, Gone, Journal, Remove, owner_of
