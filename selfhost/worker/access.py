@@ -26,6 +26,7 @@ import stat
 import time
 from typing import Callable, Optional, Union
 
+from .._threads import log_safely
 from ..errors import SettingsError
 from .answer import Answer, is_metadata, text_answer
 
@@ -113,13 +114,13 @@ class Access:
         except SettingsError as error:
             if not self._is_warned:
                 self._is_warned = True
-                logger.warning("the last good token stays in force: %s", error)
+                log_safely(logger, logging.WARNING, "the last good token stays in force: %s", error)
             return
         self._is_warned = False
         if token != self._token:
             self._token = token
             self._version += 1
-            logger.info("the bearer token in %r has changed", self.token_file)
+            log_safely(logger, logging.INFO, "the bearer token in %r has changed", self.token_file)
 
     def __repr__(self) -> str:
         return f"<Access by {'token' if self.token_file is None else repr(self.token_file)}>"

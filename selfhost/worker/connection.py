@@ -14,6 +14,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Optional
 
+from .._threads import log_safely
 from . import http1
 from .answer import METHOD_NOT_ALLOWED, Answer, render_fields, text_answer
 from .content import Content, Descriptor
@@ -92,11 +93,11 @@ class Connection:
             elif self._state == LINGERING:
                 self._discard()
         except OSError as error:  # the client is gone, or the content is no longer what was hashed
+            self.close()
             self._loop.report(error)
+        except Exception:  # noqa: BLE001 - of whatever kind
             self.close()
-        except Exception:
-            logger.exception("a request failed unexpectedly")
-            self.close()
+            log_safely(logger, logging.ERROR, "a request failed unexpectedly", exc_info=True)
 
     # -------------------------------------------------------------- reading
 

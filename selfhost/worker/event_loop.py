@@ -14,7 +14,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Callable, Optional
 
-from .._threads import start_thread
+from .._threads import log_safely, start_thread
 from ..settings import ServerLimits
 from .connection import RECEIVE_BYTES, Connection
 from .counters import ServerCounters
@@ -115,8 +115,9 @@ class EventLoop:
             while not self._is_done():
                 try:
                     self._turn()
-                except BaseException:  # must not take the server down, whatever it is
-                    logger.exception("the status server goes on after an unexpected error")
+                except BaseException:  # noqa: BLE001 - must not take the server down, whatever it is
+                    message = "the status server goes on after an unexpected error"
+                    log_safely(logger, logging.ERROR, message, exc_info=True)
                     time.sleep(PAUSE_SECONDS)
         finally:
             self.close_descriptors()
@@ -163,8 +164,8 @@ class EventLoop:
     def _sweep(self, now: float) -> None:
         self._sweep_at = now + SWEEP_SECONDS
         for connection in [c for c in self.connections if c.deadline < now]:
-            logger.debug("a client was too slow and is disconnected")
             connection.close()
+            log_safely(logger, logging.DEBUG, "a client was too slow and is disconnected")
         if self._accept_at is not None and now >= self._accept_at and self._listener is not None:
             self._handle(self._listener, self._accept)
             self._accept_at = None
@@ -215,7 +216,7 @@ class EventLoop:
         """Look away from the listener for a moment: out of descriptors, it would be ready again at once."""
         if not self._is_starved:  # once: it may last, and be met again five times a second
             self._is_starved = True
-            logger.warning("the status server cannot accept a connection: %s", error)
+            log_safely(logger, logging.WARNING, "the status server cannot accept a connection: %s", error)
         if self._listener is not None:
             self._unhandle(self._listener)
             self._accept_at = now + PAUSE_SECONDS
@@ -244,7 +245,8 @@ class EventLoop:
     def report(self, error: OSError) -> None:
         """Log why an answer was cut off: at debug, unless it was the file and not the client."""
         level = logging.WARNING if error.errno in (errno.ESTALE, errno.EIO) else logging.DEBUG
-        logger.log(level, "an answer was cut off: %s", str(error))  # the error itself would keep the content
+        # As text: the error itself would keep the content.
+        log_safely(logger, level, "an answer was cut off: %s", str(error))
 
     def watch(self, connection: Connection, interest: int, *, known: bool) -> None:
         """Wait for `interest` on the connection's socket."""

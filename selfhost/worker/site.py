@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Callable, Optional
 
+from .._threads import log_safely
 from .access import Access
 from .answer import FAILED, INDEX, NOT_FOUND, Answer, Headers, answer_registered, json_answer, split_target
 from .index import Index
@@ -61,8 +62,8 @@ class Site:
             if path == "/live":
                 return json_answer(200, {"status": "live", "uptime": self._uptime()})
             return self._health() if path == "/health" else NOT_FOUND
-        except Exception:
-            logger.exception("cannot answer %r", target)
+        except Exception:  # noqa: BLE001 - of whatever kind
+            log_safely(logger, logging.ERROR, "cannot answer %r", target, exc_info=True)
             return FAILED
 
     def _health(self) -> Answer:
@@ -79,8 +80,10 @@ class Site:
             return {}, ""
         try:
             endpoints = {str(name): str(state) for name, state in dict(self._endpoints()).items()}
-        except BaseException:  # it is the host's: CancelledError and SystemExit are no Exception
-            logger.exception("cannot tell the state of the worker's endpoints")
+        except BaseException:  # noqa: BLE001 - it is the host's; CancelledError, SystemExit are no Exception
+            log_safely(
+                logger, logging.ERROR, "cannot tell the state of the worker's endpoints", exc_info=True
+            )
             return {}, "the worker's state is not known"
         if not endpoints:
             return {}, "no endpoint has a model yet"

@@ -18,6 +18,7 @@ import ssl
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .._threads import log_safely
 from ..errors import SettingsError
 from .connection import LINGER_BYTES, READING, SHAKING_HANDS, Connection
 from .poller import READ, WRITE
@@ -62,9 +63,9 @@ class TlsPort:
         self._stamps = stamps  # whatever comes of it: one warning for each change
         try:
             self._context = _context(self._files)
-            logger.info("new clients get the changed certificate %r", self._files.cert)
+            log_safely(logger, logging.INFO, "new clients get the changed certificate %r", self._files.cert)
         except SettingsError as error:
-            logger.warning("the last good certificate stays in use: %s", error)
+            log_safely(logger, logging.WARNING, "the last good certificate stays in use: %s", error)
 
 
 def _context(files: TlsFiles) -> ssl.SSLContext:
@@ -154,8 +155,8 @@ class TlsConnection(Connection):
             self._watch(READ)
             return False
         except (OSError, ValueError) as error:
-            logger.debug("a TLS handshake failed: %s", str(error))
             self._part(now)
+            log_safely(logger, logging.DEBUG, "a TLS handshake failed: %s", str(error))
             return False
         self._state = READING
         self.deadline = now + self._loop.limits.idle_seconds

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.client
 import json
+import logging
 import os
 import socket
 import ssl
@@ -165,6 +166,29 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+class BrokenHandler(logging.Handler):
+    """A handler of the host's that lets the threads of the package know that its sink is down."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise, unless it is the host itself that logs."""
+        if str(record.threadName).startswith("selfhost-"):
+            raise RuntimeError("the sink is down")
+
+
+@pytest.fixture
+def broken_log() -> Iterator[None]:
+    """Let whatever a thread of the package logs raise, that for debugging, too."""
+    package, handler = logging.getLogger("selfhost"), BrokenHandler()
+    level, propagates = package.level, package.propagate
+    package.setLevel(logging.DEBUG)
+    package.addHandler(handler)
+    package.propagate = False
+    yield
+    package.removeHandler(handler)
+    package.setLevel(level)
+    package.propagate = propagates
 
 
 # ------------------------------------------------------------------ models and runtimes

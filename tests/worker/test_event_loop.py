@@ -342,6 +342,57 @@ def test_failing_request_ends_only_its_connection(
     assert "a request failed unexpectedly" in caplog.text
 
 
+def test_log_that_raises(
+    broken_log: None, start_server: Any, connect: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever there is to log of requests and turns that fail, they end as they do otherwise."""
+    server = start_server(endpoints=lambda: {}["oops"])
+    left = [ZeroDivisionError("once")]
+    original = server._loop._sweep
+
+    def sweep(now: float) -> None:
+        if left:
+            raise left.pop()
+        original(now)
+
+    monkeypatch.setattr(server._loop, "_sweep", sweep)
+
+    assert connect(server).get("/health").answer().status == 503
+    assert wait_until(lambda: not left)
+    with monkeypatch.context() as patch:
+        patch.setattr("selfhost.worker.site.answer_registered", lambda *_: {}["oops"])
+        assert connect(server).get("/x").answer().status == 500
+        patch.setattr(server._loop, "status_head", None)
+        assert connect(server).get("/x").rest() == b""
+    assert connect(server).get("/live").answer().status == 200
+
+
+def test_log_that_raises_keeps_no_client(
+    broken_log: None, start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any
+) -> None:
+    """Clients that are too slow, or leave in the middle of an answer, are let go all the same."""
+    server, target = start_server(limits=ServerLimits(idle_seconds=0.1)), serve_bytes(HUGE)
+    assert connect(server).rest() == b""
+
+    client = connect(server, receive_buffer=65536).get(target)
+    client.read_some(100_000)
+    client.close()
+    assert wait_until(lambda: server.open_connections == 0)
+
+
+def test_log_that_raises_about_a_token(
+    broken_log: None, start_server: Any, connect: Any, serve_bytes: Any, tmp_path: Path
+) -> None:
+    """A token that has changed, or cannot be read any more, costs nobody an answer."""
+    file, now = tmp_path / "token", [0.0]
+    file.write_text(OLD)
+    server, target = start_server(access=Access(token_file=file, clock=lambda: now[0])), serve_bytes(SMALL)
+    for text, token in ((NEW, NEW), ("", NEW)):
+        file.write_text(text)
+        now[0] += 1.0
+        assert connect(server).get(target, f"Authorization: Bearer {token}").answer().status == 200
+
+
 def test_ipv4_client_of_an_ipv6_wildcard(start_server: Any) -> None:
     """A server on [::] serves IPv4 clients too."""
     server = start_server("::")

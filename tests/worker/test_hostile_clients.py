@@ -133,6 +133,16 @@ def test_what_is_no_tls(
     assert set(server.counters().requests) == {200}
 
 
+def test_no_tls_and_a_log_that_raises(
+    start_tls: Any, connect: Any, wait_until: Any, broken_log: None
+) -> None:
+    """A handshake that fails ends its connection, whether or not that can be logged."""
+    server = start_tls()
+    connect(server).get("/live").rest()
+
+    assert wait_until(lambda: server.open_connections == 0)
+
+
 def test_reset_within_the_handshake(
     start_tls: Any,
     connect: Any,
@@ -296,7 +306,7 @@ def test_log_quotes_what_clients_send(
 
 def test_log_has_nothing_secret(
     start_server: Any, start_tls: Any, connect: Any, connect_tls: Any, serve_bytes: Any, logged: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, wait_until: Any,
 ) -> None:  # fmt: skip
     """Whatever becomes of a request, its Authorization field is in no log."""
     target = serve_bytes(SMALL)
@@ -316,8 +326,8 @@ def test_log_has_nothing_secret(
     monkeypatch.setattr(server._loop, "status_head", None)
     assert connect(server).get("/x", field).rest() == b""
 
-    assert "a request failed unexpectedly" in logged()
-    assert "TLS handshake failed" in logged()
+    assert wait_until(lambda: "a request failed unexpectedly" in logged())
+    assert wait_until(lambda: "TLS handshake failed" in logged())
     assert "rosebud" not in logged()
 
 

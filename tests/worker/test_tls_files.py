@@ -211,6 +211,18 @@ def test_half_changed_files(
     assert len(caplog.messages) == 1
 
 
+def test_half_changed_files_and_a_log_that_raises(
+    shown: Any, tls_files: TlsFiles, authority: trustme.CA, broken_log: None
+) -> None:
+    """Whom a warning cannot reach costs no client its connection."""
+    first, renewed = shown(), authority.issue_cert("127.0.0.1")
+    write(tls_files.cert, *renewed.cert_chain_pems)
+    assert shown() == first
+
+    write(str(tls_files.key), renewed.private_key_pem)
+    assert shown() == der(renewed)
+
+
 @pytest.mark.parametrize("which", ["cert", "key"])
 def test_files_that_go_and_come_back(
     which: str, shown: Any, tls_files: TlsFiles, caplog: pytest.LogCaptureFixture
