@@ -30,7 +30,7 @@ _CERT_PEM = "a PEM file with the server's certificate and its chain"
 _KEY_PEM = "a PEM file with the certificate's own, unencrypted private key"
 _CLIENT_CA_PEM = "a PEM file with the certificates of the CAs that sign for clients"
 
-Stamp = Optional[tuple[int, int, int, int]]
+Stamp = Optional[tuple[int, int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TlsFiles:
         self.context()
 
     def stamps(self) -> tuple[Stamp, ...]:
-        """Return what changes when a file is replaced, rewritten, or reached by another symbolic link."""
+        """Return what changes with a file's content, owner or mode, and with links to another one."""
         return tuple(_stamp(path) for path in (self.cert, self.key, self.client_ca) if path)
 
     def context(self) -> ssl.SSLContext:
@@ -105,7 +105,7 @@ def _stamp(path: str) -> Stamp:
         status = os.stat(path)  # of what links lead to
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _load_certificates(context: ssl.SSLContext, variable: str, path: str, accepted: str) -> None:

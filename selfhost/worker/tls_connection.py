@@ -45,6 +45,7 @@ class TlsPort:
         self._files = files
         self._stamps = files.stamps()  # before the context: what changes in between is read once more
         self._context = _context(files)
+        self._is_stale = False  # the files have changed, and could not be used
         self._check_at = 0.0
 
     def connect(self, loop: EventLoop, sock: socket.socket, now: float) -> Connection:
@@ -57,15 +58,20 @@ class TlsPort:
         return TlsConnection(loop, wrapped, now)
 
     def _renew(self) -> None:
-        stamps = self._files.stamps()
-        if stamps == self._stamps:
+        before, self._stamps = self._stamps, self._files.stamps()
+        has_changed = self._stamps != before
+        if not has_changed and not self._is_stale:
             return
-        self._stamps = stamps  # whatever comes of it: one warning for each change
         try:
             self._context = _context(self._files)
+            self._is_stale = False
             log_safely(logger, logging.INFO, "new clients get the changed certificate %r", self._files.cert)
         except SettingsError as error:
-            log_safely(logger, logging.WARNING, "the last good certificate stays in use: %s", error)
+            self._is_stale = (
+                True  # read at each look: what is missing, a descriptor say, may be no part of them
+            )
+            level = logging.WARNING if has_changed else logging.DEBUG  # one warning for each change
+            log_safely(logger, level, "the last good certificate stays in use: %s", error)
 
 
 def _context(files: TlsFiles) -> ssl.SSLContext:

@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NoReturn, Optional
 
 import pytest
 import trustme
@@ -251,6 +251,39 @@ def test_half_written_file(
 
     assert shown() == first
     assert len(caplog.messages) == 1
+
+
+def test_files_that_could_not_be_read_for_a_moment(
+    shown: Any, tls_files: TlsFiles, authority: trustme.CA, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong may be no part of the files: they are read again until it is over, with one warning."""
+    first, renewed = shown(), authority.issue_cert("127.0.0.1")
+    with monkeypatch.context() as patch:
+        error = SettingsError("too many open files", variable=CERT, value="", accepted="")
+        patch.setattr(TlsFiles, "context", lambda _: raise_(error))
+        write(tls_files.cert, *renewed.cert_chain_pems)
+        write(str(tls_files.key), renewed.private_key_pem)
+        assert [shown() for _ in range(3)] == [first] * 3
+
+    assert shown() == der(renewed)
+    assert len(caplog.messages) == 1
+
+
+def raise_(error: Exception) -> NoReturn:
+    """Raise an error where only an expression can stand."""
+    raise error
+
+
+def test_changed_rights_are_a_change(tls_files: TlsFiles) -> None:
+    """A file that others may read from now on has changed, though its content and its time have not."""
+    stamps = tls_files.stamps()
+    status = os.stat(tls_files.cert)
+    assert tls_files.stamps() == stamps
+    while os.stat(tls_files.cert).st_ctime_ns == status.st_ctime_ns:  # its clock has ticks
+        os.chmod(tls_files.cert, 0o600)
+
+    assert os.stat(tls_files.cert).st_mtime_ns == status.st_mtime_ns
+    assert tls_files.stamps() != stamps
 
 
 def test_swapped_link(start_server: Any, connect_tls: Any, authority: trustme.CA, tmp_path: Path) -> None:
