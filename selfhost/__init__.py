@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .card.slug import Slug as Slug
     from .errors import SelfHostError as SelfHostError
     from .frontend.cache import BlobCache as BlobCache
+    from .frontend.card_source import fetch_card as fetch_card
     from .frontend.resolver import MetadataResolver as MetadataResolver
     from .frontend.resolver import ResolvedModel as ResolvedModel
     from .frontend.transport import FetchLimits as FetchLimits
@@ -56,6 +57,7 @@ _HOMES = {
     "SystemStatusServer": "worker.server",
     "WorkerType": "card.model_type",
     "default_transports": "frontend.transports",
+    "fetch_card": "frontend.card_source",
     "load_card": "card.model_dir",
     "register_model": "worker.local_model",
 }

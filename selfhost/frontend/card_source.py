@@ -16,12 +16,21 @@ _WEB = re.compile("https?:", re.IGNORECASE)
 MAX_CARD_BYTES = 16 << 20  # a card has some kilobytes; one with a thousand files, a few hundred
 
 
-def fetch_card(url: str, transports: Mapping[str, Transport]) -> ModelDeploymentCard:
-    """Fetch the card that a URL answers with.
+def fetch_card(url: str, transports: Optional[Mapping[str, Transport]] = None) -> ModelDeploymentCard:
+    """Fetch the card that a URL answers with; without `transports` by those of `default_transports()`.
 
-    Raises FetchError, CardError for what is no card or has more than MAX_CARD_BYTES.
+    Raises FetchError, CardError for what is no card or has more than MAX_CARD_BYTES, SettingsError.
     """
-    return parse_card(fetch_text(url, transports), shown_url(url))
+    if transports is not None:
+        return parse_card(fetch_text(url, transports), shown_url(url))
+    from .transports import default_transports
+
+    made = default_transports()
+    try:
+        return fetch_card(url, made)
+    finally:
+        for transport in made.values():
+            transport.close()
 
 
 def fetch_text(url: str, transports: Mapping[str, Transport]) -> bytes:
