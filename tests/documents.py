@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import selfhost
@@ -53,3 +57,31 @@ def run(folder: Path, *command: str, **variables: str) -> list[str]:
     )
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in the folder for the time of a `with`; all that it says is its stdout.
+
+    At the end it gets what Ctrl-C sends, unless it has ended; in any case it is gone in time.
+    """
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(folder, **variables), text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    kill = threading.Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+    kill.start()
+    try:
+        with process:  # which waits in the end
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)
+    finally:
+        kill.cancel()
+
+
+def records(store: Path) -> list[Path]:
+    """Return every file of a store."""
+    return [path for path in store.rglob("*") if path.is_file()]

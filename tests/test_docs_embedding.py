@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import documents
 import pytest
@@ -19,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_block_is_a_sample() -> None:
     """No block goes untested."""
-    assert set(SAMPLES) == {"engine.py", "forks.py"}
+    assert set(SAMPLES) == {"engine.py", "threaded.py", "forks.py"}
     assert documents.read("docs/embedding.md").count("```") == 2 * len(SAMPLES)
 
 
@@ -29,7 +30,17 @@ def test_engine_sample(folder: Path) -> None:
 
     assert url.startswith("http://127.0.0.1:")
     assert url.endswith("/v1/metadata/my_model/_base")
-    assert not [path for path in (folder / "kv").rglob("*") if path.is_file()]
+    assert documents.records(folder / "kv") == []
+
+
+def test_threaded_sample(folder: Path) -> None:
+    """Three models of three threads share one server."""
+    lines = documents.run(folder, sys.executable, "-X", "dev", "threaded.py")
+    urls = [urlsplit(line) for line in lines]
+
+    assert [url.path.split("/")[3] for url in urls] == ["one", "two", "three"]
+    assert len({url.netloc for url in urls}) == 1
+    assert documents.records(folder / "kv") == []
 
 
 def test_forks_sample(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import socket
 import subprocess
@@ -11,16 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, Optional
-from urllib.parse import urlsplit
 
 import documents
 import pytest
-from documents import SECONDS, environment, run
-
-from selfhost import DistributedRuntime, LocalModel, Settings
+from documents import SECONDS, environment, records, run
 
 README = documents.read("README.md")
 SAMPLES = {name: text for name, text in documents.samples(README).items() if name.endswith(".py")}
+PROMPT = "Serve requests here. Enter withdraws the card, then closes the server."
 
 
 @pytest.fixture
@@ -29,74 +28,72 @@ def folder(tmp_path: Path) -> Path:
     return documents.write_samples(tmp_path, SAMPLES)
 
 
-def records(store: Path) -> list[Path]:
-    """Return every file of a store."""
-    return [path for path in store.rglob("*") if path.is_file()]
-
-
 def test_every_python_block_is_a_sample() -> None:
-    """No block of Python goes untested, and each stays short."""
-    assert set(SAMPLES) == {"worker.py", "frontend.py", "gateway.py", "wsgi.py", "threaded.py"}
+    """No block of Python goes untested, and each stays short, as does all of it."""
+    assert set(SAMPLES) == {"worker.py", "frontend.py", "mounted.py"}
     assert README.count("```python") == len(SAMPLES)
     assert len(SAMPLES["worker.py"].strip().splitlines()) <= 11
     assert len(SAMPLES["frontend.py"].strip().splitlines()) <= 10
+    assert len(README.splitlines()) <= 125
 
 
-def test_worker_sample(folder: Path) -> None:
-    """The worker prints a URL for each file of the model and leaves no record."""
-    lines = run(folder, sys.executable, "-X", "dev", "worker.py")
+def test_first_steps(tmp_path: Path) -> None:
+    """In two shells a model directory is made, served and fetched, as it stands there but for the port."""
+    serve, fetch = re.findall(r"```sh\n\. \.venv/bin/activate\n(.*?)```", README, re.DOTALL)
+    path = command_path(tmp_path / "bin")
+    with documents.running(tmp_path, "sh", "-c", serve, DYN_SYSTEM_PORT="0", PATH=path) as serving:
+        url = first_url(serving)
+        command, taken = re.subn("http://127.0.0.1:9090/v1/metadata/my_model/_base", url, fetch)
+        (directory,) = run(tmp_path, "sh", "-c", f"exec 2>said\n{command}", PATH=path)
 
-    assert [line.split()[0].rpartition("/")[2] for line in lines] == [
-        "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "generation_config.json",
-    ]  # fmt: skip
-    assert records(folder / "kv") == []
+    assert taken == 1
+    assert names(Path(directory)) == names(tmp_path / "my-model")
+    assert records(tmp_path / "dynamo_store_kv") == []
 
 
-def test_frontend_sample(folder: Path) -> None:
-    """The frontend takes each file from a worker that lives, keeps it where Dynamo does, then needs none."""
-    settings = Settings(
-        self_host_metadata=True, system_host="127.0.0.1", system_port=0, discovery_backend="mem"
-    )
-    (folder / "cards").mkdir()
-    with DistributedRuntime(settings) as runtime, DistributedRuntime(settings) as dead:
-        for name, worker in (("a", dead), ("b", runtime)):
-            model = LocalModel.load(folder / "my-model", name="my/model").attach(
-                worker.endpoint("ns.comp.ep")
-            )
-            (folder / "cards" / name).write_text(model.card.to_json())
-        dead.close()
-        paths = run(folder, sys.executable, "-X", "dev", "frontend.py")
-    again = run(folder, sys.executable, "-X", "dev", "frontend.py")
+def command_path(folder: Path) -> str:
+    """Return a PATH on which this Python and the package are `python` and `selfhost`, from the folder."""
+    folder.mkdir()
+    for name, arguments in (("python", ""), ("selfhost", " -m selfhost")):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
+
+def first_url(process: subprocess.Popen[str]) -> str:
+    """Read what a process says up to the URL of a card; return that."""
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        found = re.search(r"http://127\.0\.0\.1:\d+/v1/metadata/my_model/_base\b(?!/)", line)
+        if found:
+            return found[0]
+    pytest.fail("".join(said))
+
+
+def names(folder: Path) -> set[str]:
+    """Return the names of what is in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def test_worker_and_frontend_samples(folder: Path) -> None:
+    """The frontend takes each file from a worker that lives, keeps it where Dynamo does; no record stays."""
+    frontend = (sys.executable, "-X", "dev", "frontend.py")
+    with documents.running(folder, sys.executable, "-X", "dev", "worker.py") as worker:
+        url = first_url(worker)
+        with documents.running(folder, sys.executable, "worker.py") as another:
+            paths = run(folder, *frontend, url, first_url(another))
+        again = run(folder, *frontend, url)
+        print(file=worker.stdin, flush=True)
+        (rest,) = worker.stdout or ()
+
+    assert (worker.returncode, rest.strip()) == (0, PROMPT)
     assert (again, len(paths)) == (paths, 5)
     below = f"{folder}/.cache/dynamo/mdc/by-slug/my_model/"
     for path in map(Path, paths):
         assert str(path).startswith(below)
         assert path.read_bytes() == (folder / "my-model" / path.name).read_bytes()
-
-
-def test_gateway_sample(folder: Path) -> None:
-    """The watcher finds a published model by itself, and says that it is ready."""
-    settings = Settings(True, "127.0.0.1", 0, file_kv=str(folder / "kv"))
-    with DistributedRuntime(settings) as runtime:
-        model = LocalModel.load(folder / "my-model", name="my/model")
-        model.attach(runtime.endpoint("ns.comp.ep"))
-        directory, status = run(folder, sys.executable, "-X", "dev", "gateway.py")
-
-    assert Path(directory).parent.name == "my_model"
-    assert {path.name for path in Path(directory).iterdir()} == {
-        path.name for path in (folder / "my-model").iterdir()
-    }
-    assert status.split() == ["my/model", "ready"]
-
-
-def test_threaded_sample(folder: Path) -> None:
-    """Three models of three threads share one server."""
-    urls = [urlsplit(line) for line in run(folder, sys.executable, "-X", "dev", "threaded.py")]
-
-    assert [url.path.split("/")[3] for url in urls] == ["one", "two", "three"]
-    assert len({url.netloc for url in urls}) == 1
     assert records(folder / "kv") == []
 
 
@@ -117,7 +114,7 @@ def gunicorn(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]
     started: list[subprocess.Popen[bytes]] = []
 
     def start(port: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "-w", "2", "wsgi:app"]
+        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "-w", "2", "mounted:app"]
         variables = {
             "DYN_SYSTEM_ADVERTISE_URL": f"http://127.0.0.1:{port}",
             "DYN_SYSTEM_SHARED_DIR": str(folder / "share"),
