@@ -25,7 +25,7 @@ import threading
 import time
 from typing import Any, Callable, Optional
 
-from .._threads import start_thread
+from .._threads import log_safely, start_thread
 from ..errors import StatusServerError
 from .counters import ServerCounters
 from .process_channel import Message
@@ -154,11 +154,13 @@ class ServerProcess:
     # -------------------------------------------------------------- the supervisor
 
     def _supervise(self) -> None:
+        """Have a process serve until `stop`; nothing else ends this once one has served."""
         delay = 0.0
         try:
             while not self._closing.wait(delay):
                 launched_at = time.monotonic()
-                self._serve_once()
+                with contextlib.suppress(BaseException):  # of a log handler that would end the program
+                    self._serve_once()
                 if not self._has_served:
                     break
                 is_proven = time.monotonic() - launched_at >= PROVEN_SECONDS
@@ -169,13 +171,14 @@ class ServerProcess:
             self._started.set()
 
     def _serve_once(self) -> None:
-        """Launch a process and stay with it until it has ended; never raises."""
+        """Launch a process and stay with it until it has ended; raises no Exception."""
         try:
             child = self._child = Child(self._listener)
-        except (OSError, ValueError, RuntimeError, StatusServerError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
             self._failure = error
             if self._has_served:
-                logger.warning("the status server's process cannot be launched: %s; trying again", error)
+                message = "the status server's process cannot be launched: %s; trying again"
+                log_safely(logger, logging.WARNING, message, error)
             return
         is_hung = False
         try:
@@ -184,8 +187,9 @@ class ServerProcess:
                 is_hung = self._turn(child)
         except (EOFError, ConnectionError):  # it has ended
             pass
-        except Exception:
-            logger.exception("the status server's process is replaced after an unexpected error")
+        except Exception:  # noqa: BLE001 - whatever it is, the next process may do better
+            message = "the status server's process is replaced after an unexpected error"
+            log_safely(logger, logging.ERROR, message, exc_info=True)
         finally:
             how = child.end(at_once=is_hung)
             self._mirror.end()  # not before: one that hangs could go on, and answer what it knows
@@ -246,7 +250,7 @@ class ServerProcess:
     def _hear(self, message: Message) -> None:
         head = message.head
         if "log" in head:
-            logging.getLogger(f"{_ROOT}.{head['logger']}").log(head["level"], "%s", head["log"])
+            log_safely(logging.getLogger(f"{_ROOT}.{head['logger']}"), head["level"], "%s", head["log"])
         elif "serving" in head:
             self._has_served = True
             self._started.set()
@@ -257,8 +261,9 @@ class ServerProcess:
 
     def _report(self, pid: int, how: str) -> None:
         if self._closing.is_set():
-            logger.debug("the status server's process %d has ended: %s", pid, how)
+            log_safely(logger, logging.DEBUG, "the status server's process %d has ended: %s", pid, how)
         elif self._has_served:
-            logger.warning("the status server's process %d has ended (%s); another takes its place", pid, how)
+            message = "the status server's process %d has ended (%s); another takes its place"
+            log_safely(logger, logging.WARNING, message, pid, how)
         else:
             self._failure = StatusServerError(f"its process has ended: {how}", address="")

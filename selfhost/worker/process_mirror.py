@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
+from .._threads import log_safely
 from .artifacts import Registration, Row
 from .content import Content, Descriptor, HeldFile
 from .counters import ServerCounters
@@ -102,9 +103,9 @@ class Mirror:
     def settle(self) -> None:
         """Wait until what was noted is in force."""
         if not self._wait(SETTLE_SECONDS):
-            logger.warning(
-                "the status server's process has not answered for %.0f s: what was registered is served as "
-                "soon as it goes on", SETTLE_SECONDS,
+            log_safely(
+                logger, logging.WARNING, "the status server's process has not answered for %.0f s: what was "
+                "registered is served as soon as it goes on", SETTLE_SECONDS,
             )  # fmt: skip
 
     def _note(self, note: Note) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -536,6 +537,51 @@ def test_killed_process_is_replaced(
     assert len(pids) == 3
     assert all(is_gone(pid) for pid in pids)
     assert caplog.text.count("(signal 9); another takes its place") == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the sink is down"), SystemExit(1)])
+def test_log_handler_that_raises(error: BaseException, start_server: Any, get: Any, replaced: Any) -> None:
+    """A host's handler that fails, or would end the program, costs it the record but not the server."""
+    records = []
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+            raise error
+
+    handler, logger = Broken(), logging.getLogger("selfhost.worker.process")
+    logger.addHandler(handler)
+    try:
+        server = start_server()
+        replaced(server)
+        assert get(server, "/live").status == 200
+        assert any("another takes its place" in record for record in records)
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_log_of_the_process_that_nobody_can_take(
+    start_server: Any, get: Any, serve_bytes: Any, wait_until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process goes on when a host's handler fails with one of its records."""
+    records = []
+
+    def fail(record: logging.LogRecord) -> bool:
+        records.append(record)
+        raise RuntimeError("the sink is down")
+
+    logger = logging.getLogger("selfhost.worker.site")
+    logger.addFilter(fail)
+    try:
+        server = start_server(endpoints=lambda: {}["x"])
+        pid = pid_of(server)
+        assert get(server, "/health").status == 503
+        assert wait_until(lambda: records)
+        server.counters()  # answered after the record was taken
+        assert (get(server, "/live").status, pid_of(server)) == (200, pid)
+        assert "unexpected error" not in caplog.text
+    finally:
+        logger.removeFilter(fail)
 
 
 def test_system_without_pidfd(
