@@ -51,11 +51,14 @@ _MORE = getattr(socket, "MSG_MORE", 0)  # the header waits for the first of the 
 
 
 class Connection:
-    """A client; `deadline` (monotonic seconds) is when its present state has lasted too long."""
+    """A client; `deadline` (monotonic seconds) is when its present state has lasted too long.
+
+    `since` is when it began to wait for a request: its first, or the one after the last answer.
+    """
 
     __slots__ = (
         "_close_after", "_content", "_end", "_in_head", "_interest", "_linger_bytes", "_loop", "_out",
-        "_position", "_received", "_sealed", "_send_until", "_state", "deadline", "sock",
+        "_position", "_received", "_sealed", "_send_until", "_state", "deadline", "since", "sock",
     )  # fmt: skip
     copy_bytes = COPY_BYTES  # what a connection may hold of a file
     turn_bytes = TURN_BYTES
@@ -64,6 +67,7 @@ class Connection:
     def __init__(self, loop: EventLoop, sock: socket.socket, now: float) -> None:
         self._loop = loop
         self.sock = sock
+        self.since = now
         self.deadline = now + loop.limits.idle_seconds
         self._state = READING
         self._interest = 0  # what the poller waits for; 0: not registered
@@ -144,6 +148,7 @@ class Connection:
         elif connection_field:
             self.close()
         else:
+            self.since = now
             self.deadline = now + self._loop.limits.idle_seconds
             self._watch(READ)
         return True
@@ -181,6 +186,7 @@ class Connection:
             self.close()
             return
         if not self._received:
+            self.since = now
             self.deadline = now + limits.idle_seconds
         elif not self._in_head:  # from its first byte on: dripping wins no time
             self._in_head = True

@@ -204,12 +204,15 @@ class EventLoop:
         connection.on_event(now)  # its request is often there already
 
     def _make_room(self, now: float) -> bool:
-        """Close whoever waits and is nearest to its deadline, else whoever has taken nothing for a while."""
+        """Close whoever has waited longest, else whoever has taken nothing for a while."""
         waiting = [connection for connection in self.connections if not connection.is_sending]
-        victim = min(waiting or self.connections, key=lambda connection: connection.deadline)
-        if not waiting and victim.deadline > now + self.limits.stall_seconds - STALLED_SECONDS:
+        if waiting:
+            min(waiting, key=lambda connection: connection.since).close()
+            return True
+        slowest = min(self.connections, key=lambda connection: connection.deadline)
+        if slowest.deadline > now + self.limits.stall_seconds - STALLED_SECONDS:
             return False
-        victim.close()
+        slowest.close()
         return True
 
     def _pause_accepting(self, error: OSError, now: float) -> None:

@@ -183,6 +183,21 @@ def test_oldest_waiting_client_makes_room(start_server: Any, connect: Any) -> No
     assert server.open_connections == 3
 
 
+def test_slow_head_is_older_than_an_idle_client(start_server: Any, connect: Any, wait_until: Any) -> None:
+    """A head makes nobody younger until it is whole: who drips it makes room before those who ask."""
+    server = start_server(limits=ServerLimits(max_connections=2, head_seconds=900.0))
+    slow = connect(server).get("/nothing")
+    assert slow.answer().status == 404
+    quick = connect(server).get("/nothing")
+    assert quick.answer().status == 404
+    slow.send(b"GET / HT")
+    assert wait_until(lambda: max(c.deadline for c in set(server._loop.connections)) > time.monotonic() + 500)
+
+    assert connect(server).get("/nothing").answer().status == 404
+    assert slow.rest() == b""
+    assert quick.get("/nothing").answer().status == 404
+
+
 def test_full_house(start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any) -> None:
     """While every place is taken by a download, newcomers are told to come back, downloads go on."""
     server, target = start_server(limits=ServerLimits(max_connections=2)), serve_bytes(HUGE)

@@ -215,6 +215,22 @@ def test_full_house(
     assert connect_tls(server).get("/live").answer().status == 200
 
 
+def test_newcomers_let_one_another_shake_hands(
+    start_tls: Any, connect: Any, connect_tls: Any, client_tls: ssl.SSLContext, wait_until: Any
+) -> None:
+    """When all places are taken those who wait for longest make room, not those who have just come."""
+    server = start_tls(limits=ServerLimits(max_connections=4))
+    kept = [connect_tls(server) for _ in range(4)]
+    assert [client.get("/live").answer().status for client in kept] == [200] * 4
+    newcomers = [connect(server) for _ in range(3)]
+    assert wait_until(lambda: server.counters().accepted == 7)
+
+    for client in newcomers:
+        with client_tls.wrap_socket(client.sock, server_hostname=server.host) as sock:
+            sock.sendall(b"GET /live HTTP/1.0\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
 # ------------------------------------------------------------------ all of them at once
 
 
