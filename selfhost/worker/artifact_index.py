@@ -6,7 +6,8 @@ Rules
   goes, the next oldest takes over the plain URL.
 - An artifact's `serial` says who is older, its `target` who was first; both are fixed when it comes. So what
   is registered follows from the set of open registrations and these two alone, in whatever order they are put
-  in: two indexes that hold the same registrations are equal.
+  in: two indexes that hold the same registrations are equal. For the moment between two such sets, content
+  that went and came again stands there twice.
 
 No I/O. Changes are made under `lock`; look-ups take none, each sees a file as it was before or after a
 change.
@@ -42,6 +43,15 @@ def all_of(models: Models) -> Iterator[Artifact]:
 def with_digest(oldest: Artifact, digest: str) -> Optional[Artifact]:
     """Return the artifact of this key whose blake3 hex is `digest`."""
     return next((a for a in (oldest, *oldest.younger) if a.content.hex == digest), None)
+
+
+def _same(oldest: Artifact, row: Row) -> Optional[Artifact]:
+    """Return the artifact that this row holds, too: the same content, and in the same place if it has one."""
+    for artifact in (oldest, *oldest.younger):
+        is_placed = not row.serial or (artifact.serial, artifact.is_plain) == (row.serial, row.is_plain)
+        if is_placed and artifact.content.hex == row.content.hex:
+            return artifact
+    return None
 
 
 class ArtifactIndex:
@@ -120,7 +130,7 @@ class ArtifactIndex:
     def _hold(self, model: dict[str, Artifact], path: str, slug: str, suffix: str, row: Row) -> Artifact:
         filename, content, serial, is_plain = row
         oldest = model.get(filename)
-        artifact = None if oldest is None else with_digest(oldest, content.hex)
+        artifact = None if oldest is None else _same(oldest, row)
         if artifact is None:
             if not serial:
                 serial, is_plain = self._last_serial + 1, oldest is None
@@ -163,8 +173,8 @@ class ArtifactIndex:
             del model[artifact.filename]
             if not model:
                 del self.models[artifact.slug, artifact.suffix]
-        if not artifact.is_plain:
-            self.targets.pop(artifact.target, None)
+        if not artifact.is_plain and self.targets.get(artifact.target) is artifact:
+            del self.targets[artifact.target]
         self.count -= artifact.filename != CARD
         self._unshare(artifact.content)
 

@@ -757,12 +757,28 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 class SharedRegistryMachine(RegistryMachine):
-    """Three registries on one folder, one of them as old as the others or new, against the same model."""
+    """Three registries on one folder, one of them as old as the others or new, against the same model.
+
+    A fourth one, `rare`, looks only now and then: it misses what came and went in between.
+    """
 
     def start(self) -> list[MetadataArtifactRegistry]:
         """Share a folder."""
         self.folder = tempfile.TemporaryDirectory()
-        return [MetadataArtifactRegistry(shared=f"{self.folder.name}/shared") for _ in range(3)]
+        *registries, self.rare = [
+            MetadataArtifactRegistry(shared=f"{self.folder.name}/shared") for _ in range(4)
+        ]
+        return registries
+
+    @rule()
+    def look(self) -> None:
+        """Let the fourth one see what the others have, and in which order it came."""
+        first = self.registries[0]
+        assert targets(self.rare) == targets(first)
+        keys = first.keys()
+        for key in keys:
+            expected = [(one.target, one.serial) for one in first.model(*key)]
+            assert sorted((one.target, one.serial) for one in self.rare.model(*key)) == sorted(expected)
 
     @rule()
     def restart(self) -> None:
@@ -782,8 +798,9 @@ class SharedRegistryMachine(RegistryMachine):
     def teardown(self) -> None:
         """Nothing stays in the folder either."""
         super().teardown()
+        self.look()
         assert os.listdir(f"{self.folder.name}/shared/content") == []
-        for registry in self.registries:
+        for registry in (*self.registries, self.rare):
             registry.close()
         assert os.listdir(f"{self.folder.name}/shared/owners") == []
         self.folder.cleanup()

@@ -21,7 +21,7 @@ from selfhost.errors import RegistrationError
 from selfhost.worker import shared as shared_module
 from selfhost.worker.content import pin_bytes
 from selfhost.worker.registry import MetadataArtifactRegistry
-from selfhost.worker.shared_journal import MAX_LINE_BYTES
+from selfhost.worker.shared_journal import MAX_LINE_BYTES, render
 
 PLAIN = "/v1/metadata/m/_base/f"
 ONE, TWO = b"one", b"two"
@@ -364,6 +364,13 @@ def compact_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_module, "_COMPACT_BYTES", 2_000)
 
 
+def compact(registry: MetadataArtifactRegistry) -> None:
+    """Replace the journal now."""
+    shared = registry._shared
+    with shared._writing():
+        shared._rewrite([render(change) for change in shared._replica.snapshot()])
+
+
 def test_journal_does_not_grow_for_ever(
     compact_soon: None, shared: Callable[[], MetadataArtifactRegistry], folder: str
 ) -> None:
@@ -406,6 +413,66 @@ def test_readers_never_miss_what_stays(
         thread.join()
 
     assert missing == []
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["open", "closed since"])
+def test_content_that_came_again_before_a_compaction(
+    shared: Callable[[], MetadataArtifactRegistry], is_closed: bool
+) -> None:
+    """Who looked neither before it went nor before it came again has it where all others have it."""
+    registry, rare = shared(), shared()
+    first = registry.register("m", "_base", "f", pin_bytes(ONE))
+    assert read(rare) == ONE
+    first.close()
+    registry.register("m", "_base", "f", pin_bytes(TWO))
+    again = registry.register("m", "_base", "f", pin_bytes(ONE))
+    (target,) = again.targets.values()
+    assert target == f"{PLAIN}?blake3={pin_bytes(ONE).hex}"
+    compact(registry)
+    if is_closed:
+        again.close()
+
+    for one in (registry, rare, shared()):
+        assert read(one) == TWO
+        assert read(one, target) == (None if is_closed else ONE)
+        assert len(one) == 1 + (not is_closed)
+    registry.unregister("m", "_base")
+    assert rare._current().targets == {}
+
+
+def test_younger_content_that_came_again_before_a_compaction(
+    shared: Callable[[], MetadataArtifactRegistry],
+) -> None:
+    """Its URL is the same, and answers everywhere."""
+    registry, rare = shared(), shared()
+    registry.register("m", "_base", "f", pin_bytes(TWO))
+    first = registry.register("m", "_base", "f", pin_bytes(ONE))
+    (target,) = first.targets.values()
+    assert read(rare, target) == ONE
+    first.close()
+    registry.register("m", "_base", "f", pin_bytes(ONE))
+    compact(registry)
+
+    assert read(rare, target) == read(registry, target) == ONE
+
+
+def test_content_that_changed_places_before_a_compaction(
+    shared: Callable[[], MetadataArtifactRegistry],
+) -> None:
+    """A new process counts from the oldest that is left: the same number may stand for another place."""
+    registry, rare = shared(), shared()
+    registry.register("m", "_base", "f", pin_bytes(TWO))
+    registry.register("m", "_base", "f", pin_bytes(ONE))  # the second, behind a query
+    assert read(rare) == TWO
+    registry.unregister("m", "_base")
+    compact(registry)
+    late = shared()
+    late.register("n", "_base", "f", pin_bytes(TWO))
+    late.register("m", "_base", "f", pin_bytes(ONE))  # the second, with the plain URL
+    compact(late)
+
+    found = [set(one._current().targets) for one in (late, rare)]
+    assert found == [{PLAIN, "/v1/metadata/n/_base/f"}] * 2
 
 
 def test_small_journal_is_kept(shared: Callable[[], MetadataArtifactRegistry], folder: str) -> None:
