@@ -88,6 +88,10 @@ class Claim:
         """Become the leader if there is none; tell whether this process is it."""
         return self._file.try_lock(self._place + _LEADER, fcntl.LOCK_EX)
 
+    def step_down(self) -> None:
+        """Let another one lead."""
+        self._file.unlock(self._place + _LEADER)
+
     @contextlib.contextmanager
     def leaving(self) -> Iterator[bool]:
         """Give the claim up at the end of a `with`; yields whether this is the last one, and leads.

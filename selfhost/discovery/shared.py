@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import NoReturn, Optional, Union
 
 from .._atomic import place_absent, staged
+from .._threads import log_safely
 from ..errors import DiscoveryError
 from . import claims
 from .base import (
@@ -187,13 +188,13 @@ class _Stake:
         Raises AlreadyClaimed, OSError, and DiscoveryError where the record cannot be published.
         """
         with self._alone():
-            if self._is_over:
-                raise self._error("publish", "this discovery is closed")
+            self._check_not_over()
             self._claim = claims.join(folder, f"{self.bucket.value}/{self.key}")
             if self._claim.lead():
                 self._publish()
             else:
                 self._has_stood_by = True
+            self._check_not_over()  # again: this may have taken long
 
     def stand_by(self) -> None:
         """Take the record over if nobody leads; never raises, never waits for another thread."""
@@ -202,14 +203,21 @@ class _Stake:
         try:
             if self._claim is not None and not self.is_leading and self._claim.lead():
                 self._publish()
-                logger.info("took over the record %s", self)
+                log_safely(logger, logging.INFO, "took over the record %s", self)
                 self._has_failed = False
-        except (OSError, DiscoveryError) as err:
-            if not self._has_failed:
-                logger.warning("cannot take over the record %s (tried again): %s", self, err)
-            self._has_failed = True
+        except Exception as err:  # noqa: BLE001 - it is logged; a host's own discovery may raise anything
+            self._fail_to_take_over(err)
         finally:
-            self._lock.release()
+            self._release()
+
+    def _fail_to_take_over(self, err: Exception) -> None:
+        if self._claim is not None:
+            with contextlib.suppress(OSError):
+                self._claim.step_down()  # another process may be able to
+        if not self._has_failed:
+            message = "cannot take over the record %s (tried again): %s"
+            log_safely(logger, logging.WARNING, message, self, err)
+        self._has_failed = True
 
     def replace(self, text: str) -> None:
         """Put another text in place of the record, or of what this process would publish. DiscoveryError."""
@@ -227,17 +235,26 @@ class _Stake:
         """Withdraw the record, or leave it to the others; twice is harmless. Never raises."""
         if self._pid != os.getpid():
             return
-        try:
-            with self._alone():
-                self._is_over = True
-                claim, self._claim = self._claim, None
-                if claim is not None:
-                    with claim.leaving() as is_last:
-                        self._let_go(is_last)
-        except (OSError, DiscoveryError) as err:
-            logger.warning("could not withdraw the record %s (%s); it expires", self, err)
+        self._is_over = True  # first: whoever is at it then ends it, if our turn does not come
+        if self._lock.acquire(timeout=_BUSY_SECONDS):
+            self._release()
+        else:
+            message = "the record %s is withdrawn as soon as the thread that has been at it for %g s is done"
+            log_safely(logger, logging.WARNING, message, self, _BUSY_SECONDS)
 
-    def _let_go(self, is_last: bool) -> None:
+    def _end(self) -> None:
+        claim, self._claim = self._claim, None
+        if claim is None:
+            return
+        try:
+            with claim.leaving() as is_last:
+                self._let_go(is_last=is_last)
+        except Exception as err:  # noqa: BLE001 - as above
+            self._let_go(is_last=False)  # what is left where the locks failed
+            message = "could not withdraw the record %s (%s); it expires"
+            log_safely(logger, logging.WARNING, message, self, err)
+
+    def _let_go(self, *, is_last: bool) -> None:
         if is_last and self._publication is None and self._has_stood_by:
             self._inner.remove(self.bucket, self.key)  # its holder has died, and nobody took it over
         publication, self._publication = self._publication, None
@@ -247,12 +264,24 @@ class _Stake:
     def _publish(self) -> None:
         self._publication = self._inner.publish(self.bucket, self.key, self._text, adopt=True)
 
+    def _check_not_over(self) -> None:
+        if self._is_over:
+            raise self._error("publish", "this discovery is closed")
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._lock.acquire(timeout=_BUSY_SECONDS):
             raise self._error("publish", f"another thread has been at it for {_BUSY_SECONDS:g} s")
         try:
             yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Let others at the record, which is withdrawn first if it is over by now."""
+        try:
+            if self._is_over:
+                self._end()
         finally:
             self._lock.release()
 

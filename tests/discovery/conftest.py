@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
+from helpers import nothing_left
+from publishers import NAME, Participant
 
-from selfhost.discovery import Bucket, Discovery, Event, FileDiscovery
+from selfhost.discovery import Bucket, Discovery, Event, FileDiscovery, SharedDiscovery, shared
 
 PATIENCE_SECONDS = 10.0  # for what takes milliseconds, on a machine that is busy
 
@@ -111,3 +114,42 @@ def store(open_store: Callable[..., FileDiscovery]) -> FileDiscovery:
 def slow_store(open_store: Callable[..., FileDiscovery]) -> FileDiscovery:
     """Open one whose thread does nothing for as long as a test lasts; its `_tick` is called instead."""
     return open_store(ttl_seconds=3600.0)
+
+
+# ------------------------------------------------------------------ one publisher per host
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Participant]]:
+    """Start processes that share a folder and a store; they are killed with the test."""
+    started: list[Participant] = []
+
+    def run(ttl_seconds: float = 10.0) -> Participant:
+        started.append(Participant(tmp_path, ttl_seconds))
+        return started[-1]
+
+    yield run
+    for each in started:
+        each.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """Name the file of the record."""
+    return tmp_path / "v1" / "mdc" / NAME
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SharedDiscovery]]:
+    """Make participants in this process, which look often; they are closed with the test."""
+    monkeypatch.setattr(shared, "STAND_BY_SECONDS", 0.02)
+    made: list[SharedDiscovery] = []
+
+    def make(inner: Optional[Discovery] = None) -> SharedDiscovery:
+        made.append(SharedDiscovery(inner or FileDiscovery(tmp_path), tmp_path / "share"))
+        return made[-1]
+
+    with nothing_left():
+        yield make
+        for each in made:
+            each.close()
