@@ -17,15 +17,14 @@ interpreter's exit is withdrawn.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
-from typing import NoReturn, Optional, Union
+from typing import BinaryIO, NoReturn, Optional, Union
 
-from .._atomic import place_absent, staged
 from .._threads import log_safely
 from ..errors import DiscoveryError
 from . import claims
@@ -304,17 +303,28 @@ def shared_instance_id(folder: Union[str, os.PathLike[str]]) -> int:
     path = os.path.join(folder, "instance")
     try:
         claims.make_private(os.fspath(folder))
-        if not os.path.exists(path):
-            _choose_instance_id(path)
-        with open(path, encoding="ascii") as file:
-            return int(file.read(), 16)
+        with open(path, "r+b", opener=_open_private) as file:
+            return _instance_id_in(file)
     except (OSError, ValueError) as err:
-        message = f"cannot share an instance id in {os.fspath(folder)!r}: {err}"
+        reason = err if isinstance(err, OSError) else f"{path!r} holds something else: remove it"
+        message = f"cannot share an instance id in {os.fspath(folder)!r}: {reason}"
         raise DiscoveryError(message, backend="") from err
 
 
-def _choose_instance_id(path: str) -> None:
-    temporary = f"{path}.{os.urandom(8).hex()}"
-    data = b"%x" % new_instance_id()
-    with staged(temporary, data, mode=0o600, mtime_ns=time.time_ns()), contextlib.suppress(FileExistsError):
-        place_absent(temporary, path)  # unless another process was faster
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def _instance_id_in(file: BinaryIO) -> int:
+    """Read an instance id, or choose one where the file is new, or what a crash of the machine has left."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        text = file.read().strip(b"\0")
+        if not text:
+            text = b"%x" % new_instance_id()
+            file.seek(0)
+            file.write(text)
+            file.flush()
+        return int(text, 16)
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too

@@ -326,6 +326,18 @@ def test_instance_of_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "junk").mkdir(mode=0o700)
     (tmp_path / "junk" / "instance").write_text("junk")
 
-    for folder in ("open", "junk"):
-        with pytest.raises(DiscoveryError, match="cannot share an instance id in .*" + folder):
+    for folder, reason in (("open", "mode 700"), ("junk", "junk/instance' holds something else: remove it")):
+        with pytest.raises(DiscoveryError, match=f"cannot share an instance id in .*{folder}.*{reason}"):
             shared_instance_id(tmp_path / folder)
+
+
+@pytest.mark.parametrize("left", [b"", bytes(16)])
+def test_instance_lost_in_a_crash_of_the_machine_is_chosen_anew(tmp_path: Path, left: bytes) -> None:
+    """The file is there, but what was in it never came to the disk."""
+    (tmp_path / "share").mkdir(mode=0o700)
+    (tmp_path / "share" / "instance").write_bytes(left)
+
+    chosen = shared_instance_id(tmp_path / "share")
+
+    assert 0 < chosen < 2**63
+    assert shared_instance_id(tmp_path / "share") == chosen
