@@ -176,6 +176,7 @@ class ServerProcess:
             child = self._child = Child(self._listener)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
             self._failure = error
+            self._mirror.end()
             if self._has_served:
                 message = "the status server's process cannot be launched: %s; trying again"
                 log_safely(logger, logging.WARNING, message, error)

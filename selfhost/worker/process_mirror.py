@@ -5,7 +5,8 @@ at a time, so what waits for the process waits as references and not as bytes. A
 of another is told first what is open, then to serve.
 
 A change is in force when the process has acknowledged it, or when there is none that serves: the next one
-will know of it before its first answer. `settle` waits for either, but for `SETTLE_SECONDS` at most.
+will know of it before its first answer. `settle` waits for either, but for `SETTLE_SECONDS` at most. Where no
+process can be launched each attempt drops the notes so far, so what was withdrawn since is not kept for long.
 
 Sharing: any number of threads. The lock is the last to be taken and held for dictionary work only. In a
 forked child a mirror does nothing.
@@ -166,9 +167,13 @@ class Mirror:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Note that the process is no more: nobody need wait for it."""
+        """Note that there is no process: nobody need wait for it, the next is told of all that is open."""
+        self._contents.clear()
         with self._changed:
             self._is_serving = False
+            while self._notes:
+                self._told += 1
+                self._take(self._notes.popleft())
             self._changed.notify_all()
 
     def clear(self) -> None:
@@ -178,14 +183,22 @@ class Mirror:
         self._open.clear()
         self._contents.clear()
 
-    def _messages(self, note: Note) -> Iterator[Message]:
+    def _take(self, note: Note) -> None:
         if note.added is not None:
             self._open[note.added.id] = note.added
-            yield from self._add(note.added)
         elif note.removed is not None:
-            yield from self._remove(note.removed)
+            self._open.pop(note.removed.id, None)
         elif note.states is not None:
             self._states = note.states
+
+    def _messages(self, note: Note) -> Iterator[Message]:
+        is_known = note.removed is not None and note.removed.id in self._open
+        self._take(note)
+        if note.added is not None:
+            yield from self._add(note.added)
+        elif note.removed is not None and is_known:
+            yield self._remove(note.removed)
+        elif note.states is not None:
             yield Message(note.states)
 
     def _add(self, registration: Registration) -> Iterator[Message]:
@@ -201,9 +214,7 @@ class Mirror:
             {"add": registration.id, "slug": registration.slug, "suffix": registration.suffix, "files": files}
         )
 
-    def _remove(self, registration: Registration) -> Iterator[Message]:
-        if self._open.pop(registration.id, None) is None:
-            return
+    def _remove(self, registration: Registration) -> Message:
         forget = []
         for row in registration.rows:
             content, users = self._contents.get(row.content.hex, (row.content, 0))
@@ -211,7 +222,7 @@ class Mirror:
             if users <= 1:
                 del self._contents[row.content.hex]
                 forget.append(row.content.hex)
-        yield Message({"remove": registration.id, "forget": forget})
+        return Message({"remove": registration.id, "forget": forget})
 
 
 def _file(row: Row) -> list[object]:

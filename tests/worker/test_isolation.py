@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -604,6 +605,33 @@ def test_registration_while_there_is_no_process(
         os.kill(pid_of(server), signal.SIGKILL)
         target = registry.register("m", "_base", f"{number}", pin_bytes(b"%d" % number)).targets[f"{number}"]
         assert get(server, target).body == b"%d" % number
+
+
+def test_withdrawn_while_no_process_can_be_launched(
+    start_server: Any,
+    get: Any,
+    registry: MetadataArtifactRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: Any,
+) -> None:
+    """What comes and goes meanwhile is not kept for the next process, what stays is served by it."""
+    server = start_server(endpoints=lambda: {"generate": "ready"})
+    early = registry.register("m", "_base", "early", pin_bytes(LARGE))
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    os.kill(pid_of(server), signal.SIGKILL)
+    assert wait_until(lambda: "cannot be launched" in caplog.text)
+    late = registry.register("m", "_base", "late", pin_bytes(LARGE[::-1]))
+    target = registry.register("m", "_base", "kept", pin_bytes(LARGE[1:])).targets["kept"]
+    late.close()
+    early.close()
+    kept = [weakref.ref(one) for one in (early, late)]
+    del early, late
+
+    assert wait_until(lambda: [ref() for ref in kept] == [None, None])
+    monkeypatch.undo()
+    assert get(server, target).body == LARGE[1:]
+    assert get(server, "/health").status == 200
 
 
 def test_process_that_fails_again_and_again(
