@@ -101,16 +101,24 @@ class FetchError(SelfHostError):
     """A file could not be fetched from `url`.
 
     `is_transient` says whether the same source is worth another try soon, `retry_after` how many seconds the
-    source asked to be left alone (None: it did not).
+    source asked to be left alone (None: it did not). `problem` is the cause in the words of `transport` and
+    `http_tls`, "" where the class says it.
     """
 
     def __init__(
-        self, message: str, *, url: str, is_transient: bool = False, retry_after: Optional[float] = None
+        self,
+        message: str,
+        *,
+        url: str,
+        is_transient: bool = False,
+        retry_after: Optional[float] = None,
+        problem: str = "",
     ) -> None:
         super().__init__(message)
         self.url = url
         self.is_transient = is_transient
         self.retry_after = retry_after
+        self.problem = problem
 
 
 class HostNotFound(FetchError):
@@ -135,8 +143,7 @@ class TLSFailed(FetchError):
     """There is no secure connection to the origin; `problem` says why, in the words of `http_tls`."""
 
     def __init__(self, message: str, *, url: str, problem: str, is_transient: bool = False) -> None:
-        super().__init__(message, url=url, is_transient=is_transient)
-        self.problem = problem
+        super().__init__(message, url=url, is_transient=is_transient, problem=problem)
 
 
 class HTTPStatusError(FetchError):
@@ -150,8 +157,11 @@ class HTTPStatusError(FetchError):
         status: int,
         is_transient: bool = False,
         retry_after: Optional[float] = None,
+        problem: str = "",
     ) -> None:
-        super().__init__(message, url=url, is_transient=is_transient, retry_after=retry_after)
+        super().__init__(
+            message, url=url, is_transient=is_transient, retry_after=retry_after, problem=problem
+        )
         self.status = status
 
 

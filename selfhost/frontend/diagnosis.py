@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ..card import url as urls
 from ..card.checked_file import CheckedFile
-from ..card.checksum import Checksum, new_hasher
+from ..card.checksum import Checksum
 from ..card.model_card import ModelDeploymentCard
 from ..errors import (
     CardError,
@@ -25,8 +25,8 @@ from ..errors import (
     HostNotFound,
     HTTPStatusError,
     PeerNotAllowed,
+    SchemeNotAllowed,
     SelfHostError,
-    SizeLimitExceeded,
     TLSFailed,
     VerificationError,
     shown_url,
@@ -34,18 +34,17 @@ from ..errors import (
 )
 from .card_source import fetch_text, parse_card
 from .findings import Diagnosis, FileVerdict, Step
+from .hashing_sink import HashingSink
 from .http_tls import BROKEN_OFF
 from .limits import ResolverLimits
-from .remedies import CARD_REFUSED, DRIFTED, HTML, HUNG_UP, NO_SIZE, WRONG_SIZE, Cause, cause_of
-from .transport import Bytes, FetchObserver, Transport, origin_of, transport_for
+from .remedies import HUNG_UP, OTHER_ORIGIN, Cause, cause_of_card, cause_of_file
+from .transport import BAD_URL, FetchObserver, Transport, origin_of, transport_for
 from .transports import default_transports
 from .wanted import wanted_by
 from .watched_sink import looks_like_html
 
 if TYPE_CHECKING:
     import ssl
-
-    from blake3 import blake3 as Hasher
 
     from .http_connection import Answer
 
@@ -101,7 +100,8 @@ class _Examination(FetchObserver):
         self._files: list[FileVerdict] = []
         self._notices: dict[str, None] = {}
         self._silent: dict[str, Step] = {}  # by origin: at which step it let a request time out
-        self._subject, self._url, self._is_answered = "", "", False
+        self._card_url, self._subject, self._url, self._is_answered = "", "", "", False
+        self._had_token: set[str] = set()  # the origins that were sent one
         self._began = self._since = 0.0
 
     def run(
@@ -122,7 +122,8 @@ class _Examination(FetchObserver):
         file = _file_at(source) if isinstance(source, str) else None
         if file is not None:
             return [(file.basename or "file", file)]
-        self._begin("card", source if isinstance(source, str) else "")
+        self._card_url = source if isinstance(source, str) else ""
+        self._begin("card", self._card_url)
         text = source if isinstance(source, bytes) else b""
         card = source if isinstance(source, ModelDeploymentCard) else None
         try:
@@ -131,22 +132,21 @@ class _Examination(FetchObserver):
             card = card or parse_card(text, "this")
             wanted = wanted_by(card, self._limits)
         except (FetchError, CardError) as error:
-            is_page = isinstance(error, CardError) and looks_like_html(text)
-            problem = HTML if is_page else CARD_REFUSED if card is not None else ""
-            self._fail(error, Cause.named(problem) if problem else cause_of(error))
+            is_html, is_read = looks_like_html(text), card is not None
+            self._fail(error, cause_of_card(error, self._card_url, is_html=is_html, is_read=is_read))
             return []
         files = list(dict.fromkeys(zip(wanted.names, (file for file, _ in card.iter_metadata_files()))))
         self._done("content", f"{card.display_name!r}, mdcsum {card.mdcsum}, {len(files)} files")
-        self._notice_addresses(source, [file for _, file in files])
+        self._notice_addresses([file for _, file in files])
         return files
 
-    def _notice_addresses(self, source: object, files: list[CheckedFile]) -> None:
+    def _notice_addresses(self, files: list[CheckedFile]) -> None:
         """Notice what makes a card work here and not elsewhere, or not tell enough."""
         origins = dict.fromkeys(origin_of(file.path) for file in files if file.url is not None)
         for origin in origins:
             if _is_loopback(origin):
                 self._notice(f"{origin} is published: only this host reaches that (DYN_SYSTEM_ADVERTISE_URL)")
-            elif isinstance(source, str) and origin != origin_of(source):
+            if self._card_url and origin != origin_of(self._card_url):
                 self._notice(f"{origin} is published for the files: that is not where the card is from")
         unsized = sum(file.size is None for file in files)
         if unsized:
@@ -157,14 +157,14 @@ class _Examination(FetchObserver):
 
     def _examine(self, name: str, file: CheckedFile, transports: Mapping[str, Transport]) -> None:
         self._begin(name, file.path)
-        sink = _HashingSink()
+        sink = HashingSink()
         silent = self._silent.get(origin_of(file.path))
         problem = self._fetch(file, sink, transports) if silent is None else self._pass_over(silent)
         seconds = self._clock() - self._began
         url, size = without_userinfo(file.path), file.size
         self._files.append(FileVerdict(name, url, str(file.checksum), size, sink.received, seconds, problem))
 
-    def _fetch(self, file: CheckedFile, sink: _HashingSink, transports: Mapping[str, Transport]) -> str:
+    def _fetch(self, file: CheckedFile, sink: HashingSink, transports: Mapping[str, Transport]) -> str:
         """Fetch and verify; return the problem, "" if there is none."""
         may_drift = False
         try:
@@ -174,7 +174,10 @@ class _Examination(FetchObserver):
             sink.verify(file)
             self._done("content", f"{sink.received} bytes{self._rate(sink.received)}, {file.checksum}")
         except (FetchError, VerificationError) as error:
-            cause = self._fail(error, _cause_of_file(error, file, sink, may_drift=may_drift))
+            received, is_html = sink.received, sink.looks_like_html
+            cause = self._fail(
+                error, cause_of_file(error, file, received=received, is_html=is_html, may_drift=may_drift)
+            )
             if isinstance(error, FetchTimeout) and not self._is_answered:
                 self._silent[origin_of(file.path)] = self._steps[-1]
             return cause.problem
@@ -230,6 +233,8 @@ class _Examination(FetchObserver):
     def answered(self, answer: Answer) -> None:
         """Note what is in the header."""
         self._is_answered = True
+        if answer.has_token:
+            self._note_token(origin_of(self._url))
         if answer.status != 200:
             return
         if self._subject == "card":
@@ -238,25 +243,33 @@ class _Examination(FetchObserver):
         elif answer.field("Accept-Ranges") != "bytes":
             self._notice(f"{origin_of(self._url)} offers no ranges: what breaks off is fetched anew")
 
+    def _note_token(self, origin: str) -> None:
+        self._had_token.add(origin)
+        if origin.startswith("http:"):
+            self._notice(f"the token was sent to {origin} in the clear: who can listen on the way has it")
+
     # -------------------------------------------------------------- notes
 
     def _begin(self, subject: str, url: str) -> None:
-        self._subject, self._url, self._is_answered = subject, without_userinfo(url), False
+        self._subject, self._is_answered = subject, False
+        self._url, self._shown = without_userinfo(url), shown_url(urls.normalize(url) or url)
         self._began = self._since = self._clock()
 
     def _done(self, name: str, detail: str) -> None:
         self._add(name, detail, Cause("", ""))
 
     def _fail(self, error: SelfHostError, cause: Cause) -> Cause:
-        detail, shown = " ".join(str(error).split()), shown_url(self._url)
+        detail = " ".join(str(error).split())
         if self._subject == "card":  # whose URL is on everybody's mind
-            detail = detail.replace(f"cannot fetch {shown}: ", "", 1)
-        elif shown not in detail:
-            detail = f"{shown}: {detail}"
+            detail = detail.replace(f"cannot fetch {self._shown}: ", "", 1)
+        elif self._shown not in detail:
+            detail = f"{self._shown}: {detail}"
         step = self._step_of(error)
         if step == "answer" and cause.problem == "connection broke":
             is_tls = self._url.lower().startswith("https:")  # TLS 1.3 refuses clients after the handshake
             cause = Cause.named(f"tls, {BROKEN_OFF}" if is_tls else HUNG_UP)
+        if cause.problem == "status 401" and self._is_token_elsewhere():
+            cause = Cause.named(OTHER_ORIGIN)
         self._add(step, detail, cause)
         return cause
 
@@ -267,8 +280,14 @@ class _Examination(FetchObserver):
         self._steps.append(step)
         self._tell(step)
 
+    def _is_token_elsewhere(self) -> bool:
+        """Tell whether the card's origin was sent a token, and this one none."""
+        return origin_of(self._card_url) in self._had_token and origin_of(self._url) not in self._had_token
+
     def _step_of(self, error: SelfHostError) -> str:
         """Return in which step the error came."""
+        if isinstance(error, SchemeNotAllowed) or getattr(error, "problem", "") == BAD_URL:
+            return "url"
         if isinstance(error, HostNotFound):
             return "name"
         if isinstance(error, (ConnectFailed, PeerNotAllowed)):
@@ -282,50 +301,6 @@ class _Examination(FetchObserver):
 
     def _notice(self, text: str) -> None:
         self._notices[text] = None
-
-
-class _HashingSink:
-    """A sink that keeps the hash of what comes, and how much it was; see `Sink`."""
-
-    def __init__(self) -> None:
-        self.validator: Optional[str] = None
-        self.received = 0
-        self.looks_like_html = False
-        self._hasher: Hasher = new_hasher()
-
-    def write(self, data: Bytes) -> None:
-        """Count and hash."""
-        if not self.received:
-            self.looks_like_html = looks_like_html(data)
-        self._hasher.update(data)
-        self.received += len(data)
-
-    def restart(self) -> None:
-        """Forget all bytes."""
-        self.__init__()  # type: ignore[misc]
-
-    def verify(self, file: CheckedFile) -> None:
-        """Raise VerificationError unless this is the file."""
-        actual = Checksum(self._hasher.hexdigest())
-        if actual != file.checksum:
-            size = "" if file.size is None else f" ({file.size} bytes)"
-            raise VerificationError(
-                f"expected {file.checksum}{size}, found {actual} ({self.received} bytes)",
-                url=file.path, expected=str(file.checksum), actual=str(actual), size=self.received,
-            )  # fmt: skip
-
-
-def _cause_of_file(error: SelfHostError, file: CheckedFile, sink: _HashingSink, *, may_drift: bool) -> Cause:
-    is_wrong, is_large = isinstance(error, VerificationError), isinstance(error, SizeLimitExceeded)
-    if may_drift and (is_wrong or is_large):
-        return Cause.named(DRIFTED)
-    if is_wrong and sink.looks_like_html:
-        return Cause.named(HTML)
-    if is_large and file.size is None:
-        return Cause.named(NO_SIZE)
-    if is_wrong and file.size not in (None, sink.received):
-        return Cause.named(WRONG_SIZE)
-    return cause_of(error)
 
 
 def _file_at(url: str) -> Optional[CheckedFile]:

@@ -11,7 +11,7 @@ class Step:
     """One step on the way to a card or a file; `problem` and `remedy` are empty where it went well."""
 
     subject: str  # "card", or the name of a file
-    name: str  # "name" (resolution), "connect", "tls", "answer" (its header) or "content"
+    name: str  # "url", "name" (resolution), "connect", "tls", "answer" (its header) or "content"
     seconds: float
     detail: str
     problem: str = ""

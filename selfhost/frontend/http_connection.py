@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Optional, cast
 from ..errors import FetchError, FetchTimeout, TLSFailed, shown
 from .http_dial import Origin
 from .http_tls import TLS_WANTED, broken
-from .transport import Watch
+from .transport import NO_HTTP, Watch
 from .waits import on_socket
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ class Answer:
     def field(self, name: str) -> Optional[str]:
         """Return the value of a header field, None if there is none."""
         return self._fields.get(name.lower())
+
+    @property
+    def has_token(self) -> bool:
+        """Whether a bearer token was sent for it."""
+        return self._watch.has_token
 
     @property
     def is_chunked(self) -> bool:
@@ -301,7 +306,7 @@ class _Source(io.RawIOBase):
             found = f"the header of the answer was not complete ({self.position} bytes)"
         else:
             least = f"{self._limits.min_bytes_per_second} a second are the least"
-            found = f"only {self._window_bytes} bytes of the body came ({least})"
+            found = f"only {self._window_bytes} more bytes of the body came ({least})"
         return self._watch.timeout(self._phase, seconds, found)
 
     def _too_much(self) -> FetchError:
@@ -332,5 +337,7 @@ def _error_of(err: Exception, watch: Watch) -> FetchError:
         return TLSFailed(message, url=watch.url, problem=TLS_WANTED)
     if isinstance(err, http.client.HTTPException):
         found = f"{type(err).__name__}: {shown(str(err))}"
-        return watch.error(f"expected an HTTP/1.1 answer, found something else ({found})")
+        is_other = isinstance(err, (http.client.BadStatusLine, http.client.UnknownProtocol))
+        why = f"expected an HTTP/1.1 answer, found something else ({found})"
+        return watch.error(why, problem=NO_HTTP if is_other else "")
     return broken(watch, err)

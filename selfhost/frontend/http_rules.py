@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ..errors import FetchError, HTTPStatusError, shown, shown_url
-from .transport import Watch, origin_of
+from .transport import ENCODED, Watch, origin_of
 
 if TYPE_CHECKING:
     from .http_connection import Answer
@@ -49,7 +49,8 @@ def content_length(answer: Answer, watch: Watch) -> Optional[int]:
     """
     encoding = answer.field("Content-Encoding")
     if encoding is not None and encoding.strip().lower() not in ("", "identity"):
-        raise watch.error(f"expected the bytes as they are, found the Content-Encoding {shown(encoding)}")
+        why = f"expected the bytes as they are, found the Content-Encoding {shown(encoding)}"
+        raise watch.error(why, problem=ENCODED)
     coding = answer.field("Transfer-Encoding")
     if coding is not None and not (coding.lower() == "chunked" and answer.is_chunked):
         raise watch.error(f"expected no Transfer-Encoding but chunked, found {shown(coding)}")
@@ -117,7 +118,7 @@ def _about_token(watch: Watch) -> str:
         return f"{origin} does not accept the bearer token that is configured for it: renew that"
     return (
         f"no bearer token is configured for {origin}: "
-        "give one (--token-file, a line in DYN_MDC_TOKENS_FILE, tokens=)"
+        "give one (--token-file for the origin of the card's URL, a line in DYN_MDC_TOKENS_FILE, tokens=)"
     )
 
 

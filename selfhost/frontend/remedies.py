@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import NamedTuple
 
+from ..card import url as urls
+from ..card.checked_file import CheckedFile
 from ..errors import (
     CardError,
     ConnectFailed,
@@ -19,10 +22,13 @@ from ..errors import (
     TLSFailed,
     VerificationError,
 )
+from .transport import LOCAL_PATH
 
-# Causes that no error has a class for: whoever sees the bytes and the card knows them.
+# Causes that no error has a class or a word for: whoever sees the bytes, the card and its URL knows them.
 HTML, WRONG_SIZE, NO_SIZE, DRIFTED = "HTML page", "wrong size", "too large without a size", "moved on"
 CARD_REFUSED, HUNG_UP = "card refused", "hung up"
+NOT_OF_A_CARD, OF_A_FILE = "status 404, not a card's URL", "a file's URL"
+OTHER_ORIGIN = "status 401, another origin"
 
 _TABLE = """
 host not found: see that this host can resolve the name, and that it is the one that the worker should
@@ -47,7 +53,15 @@ peer policy: allow the address if it is one to be talked to (--allow, peer_polic
 scheme not allowed: have the model published with http(s) URLs
 local path: the worker published paths of its own disk: have it serve its metadata (DYN_SELF_HOST_METADATA=1
     and DYN_SYSTEM_PORT), or allow the folder if this host has it, too (--file-root)
+unusable URL: write http(s)://host[:port]/path, without user name and password (tokens go by --token-file)
+no HTTP: something else listens on this port: see that it is the worker's DYN_SYSTEM_PORT
+encoded answer: something before the worker compresses its answers: turn that off for /v1/metadata
+hub: see that this host reaches the Hugging Face hub, that the repository is public and has the file, or put
+    that into the local hub cache (HF_HUB_CACHE)
+hub not asked: put the file into the local hub cache (HF_HUB_CACHE), or allow the hub as well (--allow-hub,
+    ask_hub=True)
 no card: give the URL that `selfhost serve` prints, .../v1/metadata/<slug>/_base
+a file's URL: add ?blake3=<hex digits of its checksum>, or give the URL of the card, .../<slug>/_base
 card refused: frontends refuse such a model: have it published with fewer files, smaller ones, or other names
 HTML page: a proxy or a login answers in the place of the worker: ask the worker itself
 wrong size: the worker serves another file than its card says: have it publish its model again
@@ -56,9 +70,13 @@ wrong hash: the worker serves other bytes than its card says, or something chang
     publish its model again, and see what is in between
 moved on: the repository has changed since the card was made: have the model published again
 status 401: give the token of this origin (--token-file, DYN_MDC_TOKENS_FILE), or renew it
+status 401, another origin: the token goes to the origin of the card's URL alone, and the files are at
+    another: give the card's URL there, or a line `ORIGIN TOKEN` for theirs (DYN_MDC_TOKENS_FILE)
 status 403: see whether this origin wants a token (--token-file) or a client certificate (--cert)
 status 404: nothing is registered there: the model was withdrawn, or the worker was restarted; get a new
     card
+status 404, not a card's URL: give the URL that `selfhost serve` prints, .../v1/metadata/<slug>/_base (where
+    the index is on, .../v1/metadata lists what is served)
 status 3xx: redirects are not followed: use the URL that this one leads to
 status 4xx: see what answers there: it is no worker that knows this URL
 status 5xx: the worker, or a proxy before it, is overloaded or about to end: see its log; a frontend asks
@@ -93,6 +111,9 @@ _BY_CLASS = {
 }
 
 
+_ROUTE = re.compile(r".*/v1/metadata/[^/]+/[^/]+(/[^/]+)?")  # of a worker; with a file's name, or without
+
+
 class Cause(NamedTuple):
     """Why something failed, in few words, and what can be done about it."""
 
@@ -102,7 +123,8 @@ class Cause(NamedTuple):
     @classmethod
     def named(cls, problem: str) -> Cause:
         """Return the cause with its remedy."""
-        return cls(problem, REMEDIES.get(problem, OTHERWISE))
+        kind = re.sub("^(status [1-5])[0-9]{2}$", r"\1xx", problem)
+        return cls(problem, REMEDIES.get(problem) or REMEDIES.get(kind) or OTHERWISE)
 
 
 def cause_of(error: SelfHostError) -> Cause:
@@ -110,16 +132,45 @@ def cause_of(error: SelfHostError) -> Cause:
     return Cause.named(_problem_of(error))
 
 
+def cause_of_card(error: SelfHostError, url: str, *, is_html: bool, is_read: bool) -> Cause:
+    """Return why a card is not to be had; `url` "" for one that was given, `is_read` if it is one at all."""
+    parsed = urls.parse(url)
+    route = _ROUTE.fullmatch(parsed.path) if parsed is not None else None
+    is_of_a_file = route is not None and route[1] is not None
+    if isinstance(error, CardError) and (is_html or is_read or is_of_a_file):
+        return Cause.named(HTML if is_html else CARD_REFUSED if is_read else OF_A_FILE)
+    cause = cause_of(error)
+    is_other = parsed is not None and (route is None or is_of_a_file)
+    return Cause.named(NOT_OF_A_CARD) if is_other and cause.problem == "status 404" else cause
+
+
+def cause_of_file(
+    error: SelfHostError, file: CheckedFile, *, received: int, is_html: bool, may_drift: bool
+) -> Cause:
+    """Return why a file is not to be had, of which so many bytes came."""
+    is_wrong, is_large = isinstance(error, VerificationError), isinstance(error, SizeLimitExceeded)
+    if may_drift and (is_wrong or is_large):
+        return Cause.named(DRIFTED)
+    if is_wrong and is_html:
+        return Cause.named(HTML)
+    if is_large and file.size is None:
+        return Cause.named(NO_SIZE)
+    if is_wrong and file.size not in (None, received):
+        return Cause.named(WRONG_SIZE)
+    return cause_of(error)
+
+
 def _problem_of(error: SelfHostError) -> str:
     if isinstance(error, FetchTimeout):
         return f"time-out, {error.phase}"
     if isinstance(error, TLSFailed):
         return f"tls, {error.problem}"
+    if isinstance(error, FetchError) and error.problem:
+        return error.problem
     if isinstance(error, HTTPStatusError):
-        exact = f"status {error.status}"
-        return exact if exact in REMEDIES else f"status {error.status // 100}xx"
+        return f"status {error.status}"
     if isinstance(error, SchemeNotAllowed):
-        return "scheme not allowed" if error.scheme else "local path"
+        return LOCAL_PATH if error.scheme in ("", "file") else "scheme not allowed"
     if isinstance(error, ConnectFailed):
         return "connection refused" if error.errno == errno.ECONNREFUSED else "cannot connect"
     for kind, problem in _BY_CLASS.items():

@@ -25,6 +25,10 @@ Bytes = Union[bytes, bytearray, memoryview]
 
 PATH_SCHEME = ""  # the table's key for a path on a disk, which is no URL
 
+# What `FetchError.problem` may be, but for TLS.
+BAD_URL, NO_HTTP, ENCODED = "unusable URL", "no HTTP", "encoded answer"
+LOCAL_PATH, HUB, HUB_NOT_ASKED = "local path", "hub", "hub not asked"
+
 
 class Sink(Protocol):
     """Where a transport puts the bytes of one file, in order; for one thread at a time.
@@ -147,10 +151,10 @@ class Watch:
         message = f"cannot fetch {self.shown_url}: {found} within {seconds:g} s ({phase})"
         return FetchTimeout(message, url=self.url, seconds=seconds, phase=phase)
 
-    def error(self, why: str, *, is_transient: bool = False) -> FetchError:
+    def error(self, why: str, *, is_transient: bool = False, problem: str = "") -> FetchError:
         """Return the error for a step that failed."""
         message = f"cannot fetch {self.shown_url}: {why}"
-        return FetchError(message, url=self.url, is_transient=is_transient)
+        return FetchError(message, url=self.url, is_transient=is_transient, problem=problem)
 
 
 def scheme_of(location: str) -> str:

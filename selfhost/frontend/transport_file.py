@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes
 
 from ..card import url as urls
 from ..errors import FetchError, FetchTimeout, SettingsError, SizeLimitExceeded, shown, shown_url
-from .transport import FetchLimits, Sink
+from .transport import LOCAL_PATH, FetchLimits, Sink
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -211,11 +211,13 @@ def _one_slash(path: str) -> str:
 
 
 def _refusal(url: str, expected: str, found: str) -> FetchError:
-    return FetchError(f"cannot fetch {shown_url(url)}: expected {expected}, found {found}", url=url)
+    message = f"cannot fetch {shown_url(url)}: expected {expected}, found {found}"
+    return FetchError(message, url=url, problem=LOCAL_PATH)
 
 
 def _unreadable(url: str, path: str, err: OSError) -> FetchError:
-    return FetchError(f"cannot fetch {shown_url(url)}: reading {shown(path)}: {err.strerror or err}", url=url)
+    message = f"cannot fetch {shown_url(url)}: reading {shown(path)}: {err.strerror or err}"
+    return FetchError(message, url=url, problem=LOCAL_PATH)
 
 
 def _too_long(url: str, limit: int, received: int) -> SizeLimitExceeded:

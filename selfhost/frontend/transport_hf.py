@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from ..card import url as urls
 from ..errors import FetchError, HTTPStatusError, SizeLimitExceeded, shown, shown_url
 from ..settings import FrontendSettings
-from .transport import FetchLimits, Sink
+from .transport import BAD_URL, HUB, HUB_NOT_ASKED, FetchLimits, Sink
 from .transport_file import PathLike, is_below, open_below, read_file
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class HfTransport:
         if not self._network:
             where = f"it is not in the local cache {self._hub!r}" if self._hub else "there is no local cache"
             why = "offline, or under a peer policy without ask_hub=True or --allow-hub"
-            raise _failure(url, f"{where}, and the hub must not be asked ({why})")
+            raise _failure(url, f"{where}, and the hub must not be asked ({why})", HUB_NOT_ASKED)
         try:
             return self._from_hub(url, file, limit)
         except FetchError as err:
@@ -250,11 +250,11 @@ def _is_component(name: str) -> bool:
 
 
 def _malformed(url: str) -> FetchError:
-    return _failure(url, f"expected {_FORM} with names that the hub allows")
+    return _failure(url, f"expected {_FORM} with names that the hub allows", BAD_URL)
 
 
-def _failure(url: str, reason: str) -> FetchError:
-    return FetchError(f"cannot fetch {shown_url(url)}: {reason}", url=url)
+def _failure(url: str, reason: str, problem: str = HUB) -> FetchError:
+    return FetchError(f"cannot fetch {shown_url(url)}: {reason}", url=url, problem=problem)
 
 
 # ------------------------------------------------------------------ the package
@@ -271,5 +271,7 @@ def _ask(url: str, function: Callable[..., Any], *arguments: Any, **options: Any
         status = getattr(getattr(err, "response", None), "status_code", None)
         if isinstance(status, int):
             transient = status in _TRANSIENT
-            raise HTTPStatusError(message, url=url, status=status, is_transient=transient) from err
-        raise FetchError(message, url=url) from err
+            raise HTTPStatusError(
+                message, url=url, status=status, is_transient=transient, problem=HUB
+            ) from err
+        raise FetchError(message, url=url, problem=HUB) from err

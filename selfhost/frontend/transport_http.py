@@ -26,7 +26,7 @@ from .http_pool import Pool
 from .http_tls import ClientTls, secure, tls_context
 from .peer_policy import PeerPolicy, not_link_local
 from .tokens import Tokens
-from .transport import NOBODY, FetchLimits, FetchObserver, Sink, Watch
+from .transport import BAD_URL, NOBODY, FetchLimits, FetchObserver, Sink, Watch
 
 if TYPE_CHECKING:
     import ssl
@@ -232,13 +232,15 @@ class _Request(NamedTuple):
         """Read a URL as cards mean it; FetchError for one that cannot be fetched by HTTP."""
         unsendable = _UNSENDABLE.search(url)
         if unsendable is not None:
-            raise watch.error(f"the URL contains {unsendable.group()!r}")
+            raise watch.error(f"the URL contains {unsendable.group()!r}", problem=BAD_URL)
         parsed = urls.parse(url)
         origin = Origin.of(parsed)
         if parsed is None or origin is None:
-            raise watch.error("expected an http or https URL with a host (addresses without a zone)")
+            why = "expected an http or https URL with a host (addresses without a zone)"
+            raise watch.error(why, problem=BAD_URL)
         if parsed.userinfo:
-            raise watch.error("the URL has a user name or password, which would not be sent: leave it out")
+            why = "the URL has a user name or password, which would not be sent: leave it out"
+            raise watch.error(why, problem=BAD_URL)
         target = parsed.path if parsed.query is None else f"{parsed.path}?{parsed.query}"
         fields = (
             f"GET {target} HTTP/1.1\r\n"
