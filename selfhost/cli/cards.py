@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
-from ..errors import SettingsError, shown_url
+from ..errors import SettingsError, shown_url, without_userinfo
 from ..settings import FrontendSettings
-from .support import bytes_of, path
+from .support import bytes_of, path, refuse_token
 
 if TYPE_CHECKING:
     from ..card.checksum import Checksum
@@ -28,7 +28,6 @@ CARD_HELP = "the card (or a discovery record): a file, - for stdin, or the URL t
 
 def add_card(parser: argparse.ArgumentParser) -> None:
     """Add the argument CARD, and how to get at one by URL."""
-    parser.allow_abbrev = False  # a `--token SECRET` must not be taken for a file of that name
     parser.add_argument("card", metavar="CARD", type=path, help=CARD_HELP)
     add = parser.add_argument_group("http and https").add_argument
     whom = "host, address or network to talk to, and to no other; may be repeated"
@@ -42,6 +41,7 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     add("--key", metavar="FILE", type=path, help=key)
     token = "file with the bearer token for the origin of CARD, and for no other (DYN_MDC_TOKENS_FILE)"  # noqa: S105
     add("--token-file", metavar="FILE", type=path, help=token)
+    refuse_token(parser)
 
 
 def add_file_roots(parser: argparse.ArgumentParser) -> None:
@@ -143,13 +143,25 @@ def read_card(
 
 
 def read_text(source: str) -> bytes:
-    """Return the text of a file or of stdin, or a little more of it than a card may have."""
+    """Return the text of a file or of stdin, or a little more of it than a card may have.
+
+    Raises OSError, SettingsError for what was most likely meant as a URL.
+    """
     from ..frontend.card_source import MAX_CARD_BYTES
 
     if source == "-":
         return bytes_of(sys.stdin, "stdin").read(MAX_CARD_BYTES + 1)
-    with open(source, "rb") as file:
-        return file.read(MAX_CARD_BYTES + 1)
+    try:
+        with open(source, "rb") as file:
+            return file.read(MAX_CARD_BYTES + 1)
+    except FileNotFoundError:
+        if ":" not in source and "/v1/metadata" not in source:
+            raise
+        accepted = "a file, or a URL that begins with http:// or https://"
+        raise SettingsError(
+            f"{shown_url(source)} is no file: expected {accepted}",
+            variable="CARD", value=without_userinfo(source), accepted=accepted,
+        ) from None  # fmt: skip
 
 
 def is_card_url(source: str) -> bool:

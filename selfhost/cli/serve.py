@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Optional
 
 from ..errors import SettingsError
 from ..settings import Settings
-from .support import add_command, path, print_bytes, text
+from .support import add_command, path, print_bytes, refuse_token, text
 
 if TYPE_CHECKING:
     from ..worker.local_model import LocalModel
@@ -71,7 +71,7 @@ def add_serve(commands: Commands) -> None:
     for part, default in (("namespace", "dynamo"), ("component", "backend"), ("endpoint", "generate")):
         add(f"--{part}", metavar="NAME", type=_part, default=default, help=f"published (default {default})")
     _add_serving(parser)
-    parser.allow_abbrev = False  # a `--token SECRET` must not be taken for a file of that name
+    refuse_token(parser)
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:

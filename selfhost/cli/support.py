@@ -35,6 +35,18 @@ def add_command(commands: Commands, name: str, run: Run, does: str, epilog: str)
     return parser
 
 
+def refuse_token(parser: argparse.ArgumentParser) -> None:
+    """Have `--token SECRET` refused without showing it, neither taken for --token-file nor for unknown."""
+    parser.allow_abbrev = False
+    parser.add_argument("--token", type=_no_token, help=argparse.SUPPRESS)
+
+
+def _no_token(value: str) -> str:
+    raise argparse.ArgumentTypeError(
+        "everybody on this machine can read a command line: put it into a file, and give --token-file"
+    )
+
+
 # ------------------------------------------------------------------ argument types
 
 

@@ -188,7 +188,6 @@ def test_log_messages_are_printable() -> None:
         ["doctor"],
         ["doctor", "c", "--allow", "http://h/"],
         ["doctor", "c", "--token-file", ""],
-        ["doctor", "http://h/", "--token", "s3cret"],
         ["cache"],
         ["cache", "rm"],
         ["cache", "gc", "--max-bytes", "much"],
@@ -204,6 +203,37 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
     assert caught.value.code == 2
     assert "usage: selfhost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "fetch", "verify", "doctor", "cache import"])
+@pytest.mark.parametrize("given", ["--token s3cret", "--token=s3cret"])
+def test_token_on_the_command_line(command: str, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused with the way to give one, and not shown once more."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "x", *["y"] * (command in ("verify", "cache import")), *given.split()])
+    error = capsys.readouterr().err
+
+    assert caught.value.code == 2
+    assert error.startswith(f"usage: selfhost {command} ")
+    assert "give --token-file" in error
+    assert "s3cret" not in error
+
+
+@pytest.mark.parametrize("command", ["doctor", "fetch"])
+@pytest.mark.parametrize(
+    "card",
+    ["127.0.0.1:9090/v1/metadata/m/_base", "gpu7:9090", "gpu7/v1/metadata/m/_base", "hf://o/n", "ftp://h/x"],
+)
+def test_card_that_was_meant_as_a_url(
+    command: str, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What looks like a URL, and names no file, is told how a URL begins."""
+    monkeypatch.setenv("DYN_MDC_CACHE", str(tmp_path / "cache"))
+
+    assert cli.main([command, card]) == 1
+    assert capsys.readouterr().err == (
+        f"selfhost: error: {card!r} is no file: expected a file, or a URL that begins with http:// or https://\n"
+    )
 
 
 COMMANDS = ["demo", "serve", "card", "fetch", "verify", "doctor"]
