@@ -160,7 +160,7 @@ def loader_environment(environ: Optional[Mapping[str, str]] = None) -> dict[str,
 
 
 def _place(variable: str, env: Mapping[str, str]) -> Optional[str]:
-    """Return the folder or file that a variable names, None where it is unset or would need a HOME that is none."""
+    """Return the place that a variable names, None where it is unset or would need a HOME that is none."""
     text = env.get(variable, "")
     if text != "~" and not text.startswith("~/"):
         return text or None
