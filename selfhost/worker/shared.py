@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Optional, Union
 
@@ -35,9 +33,10 @@ from .answer import CARD
 from .artifact_index import ArtifactIndex
 from .artifacts import Registration, Row
 from .shared_content import SharedContent
-from .shared_folder import Busy, SharedFolder, forget_locks
+from .shared_folder import Busy, SharedFolder
+from .shared_forks import install_fork_hooks, track
 from .shared_journal import MAX_LINE_BYTES, Change, Gone, Remove, render, write_journal
-from .shared_owners import end_owner, forget_owners, is_alive, known_owners, new_owner
+from .shared_owners import end_owner, is_alive, known_owners, new_owner
 from .shared_replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class Shared:
         self._numbers = itertools.count(1)
         self._compact_at = _COMPACT_BYTES
         self._sweep_at = 0.0
-        _install_fork_hooks()
+        install_fork_hooks()
         with self._refusing("share a registry"), self.folder.locked():
             self.folder.claim()
             if not self.folder.has("journal"):
@@ -78,7 +77,7 @@ class Shared:
             self._replica = Replica(self.folder)
             self._replica.catch_up()
             self._sweep_locked(thoroughly=True)
-        _all[id(self)] = self
+        track(self)
 
     @property
     def index(self) -> ArtifactIndex:
@@ -323,35 +322,3 @@ class Shared:
         self._unsaid = []
         self._unneeded = set()
         self._replica.store.lock = threading.Lock()
-
-
-# ------------------------------------------------------------------ forks
-
-_all: weakref.WeakValueDictionary[int, Shared] = weakref.WeakValueDictionary()  # by id
-_forking = threading.local()  # `.held`: what the forking thread has locked
-
-
-def _before_fork() -> None:
-    held = _forking.__dict__.setdefault("held", [])
-    for shared in filter(None, [reference() for reference in _all.valuerefs()]):  # others may add
-        shared.index.lock.acquire()
-        held.append(shared)
-
-
-def _after_fork() -> None:
-    held = _forking.__dict__.get("held", [])
-    while held:  # all: two threads that made the first registries may have installed the hooks twice
-        held.pop().index.lock.release()
-
-
-def _in_child() -> None:
-    _after_fork()
-    forget_locks()
-    forget_owners()
-    for shared in list(_all.values()):
-        shared.forget_parent()
-
-
-@functools.cache
-def _install_fork_hooks() -> None:
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

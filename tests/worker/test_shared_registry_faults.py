@@ -285,11 +285,11 @@ def test_fork_hooks_that_are_installed_twice(run_script: Any, folder: str) -> No
     done = run_script(
         """
         import os, sys, threading
-        from selfhost.worker import shared
+        from selfhost.worker import shared_forks
         from selfhost.worker.registry import MetadataArtifactRegistry
 
         registry = MetadataArtifactRegistry(shared=sys.argv[1])
-        shared._install_fork_hooks.__wrapped__()
+        shared_forks.install_fork_hooks.__wrapped__()
 
         def take():
             if registry._index.lock.acquire(timeout=1):
