@@ -73,6 +73,7 @@ class ServerProcess:
         self._unfollow: Callable[[], None] = lambda: None
         self._child: Optional[Child] = None
         self._is_told = False  # this child knows everything
+        self._is_serving = False  # this child has said so
         self._is_stopping = False  # this child has been told to end
         self._answer_by = float("inf")
         self._stop_at = float("inf")
@@ -199,7 +200,7 @@ class ServerProcess:
 
     def _introduce(self, child: Child) -> None:
         """Send what a process needs before anything else."""
-        self._is_told = self._is_stopping = False
+        self._is_told = self._is_serving = self._is_stopping = False
         self._answer_by = time.monotonic() + START_SECONDS
         options = {
             **self._options(),
@@ -234,7 +235,8 @@ class ServerProcess:
             messages = self._mirror.next()
             if not messages:
                 break
-            self._answer_by = min(self._answer_by, time.monotonic() + HUNG_SECONDS)
+            if self._is_serving:
+                self._answer_by = min(self._answer_by, time.monotonic() + HUNG_SECONDS)
             for message in messages:
                 child.channel.send(message)
         if not self._is_told and not child.channel.has_unsent and self._mirror.begin():
@@ -253,11 +255,11 @@ class ServerProcess:
         if "log" in head:
             log_safely(logging.getLogger(f"{_ROOT}.{head['logger']}"), head["level"], "%s", head["log"])
         elif "serving" in head:
-            self._has_served = True
+            self._has_served = self._is_serving = True
             self._started.set()
         elif "number" in head:
             self._mirror.acknowledge(head["number"], ServerCounters.from_dict(head["counters"]))
-        if self._has_served:
+        if self._is_serving:
             self._answer_by = float("inf") if self._mirror.is_answered else time.monotonic() + HUNG_SECONDS
 
     def _report(self, pid: int, how: str) -> None:

@@ -688,6 +688,36 @@ def test_process_that_hangs_is_replaced(
     assert is_gone(pid)
 
 
+# Says something, and hangs before it serves.
+HANGING_PROGRAM = """
+import socket, sys, time
+from importlib import import_module
+sys.path.append(sys.argv[1])
+channel = import_module(sys.argv[2].replace("process_child", "process_channel"))
+host = channel.Channel(socket.socket(fileno=int(sys.argv[3])))
+host.send(channel.Message({"log": "hello", "logger": "worker.site", "level": 30}))
+time.sleep(600)
+"""
+
+
+def test_process_that_never_serves_is_replaced(
+    start_server: Any,
+    get: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: Any,
+) -> None:
+    """Each has a limited time to begin, whatever it says meanwhile and whoever has served before it."""
+    server = start_server()
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "START_SECONDS", 2.0)
+        patch.setattr(process_launch, "_PROGRAM", HANGING_PROGRAM)
+        os.kill(pid_of(server), signal.SIGKILL)
+        assert wait_until(lambda: "hello" in caplog.text)
+
+    assert get(server, "/live").status == 200
+
+
 def test_signals_for_the_service_are_the_hosts(start_server: Any, get: Any) -> None:
     """Who interrupts or ends every process of a service does not end this one before its host."""
     server = start_server()
