@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from typing import Callable, Optional
 
 from .answer import CARD
@@ -57,7 +57,7 @@ def _same(oldest: Artifact, row: Row) -> Optional[Artifact]:
 class ArtifactIndex:
     """The dictionaries of one registry; `contents` and `lock` are shared by all that share content."""
 
-    def __init__(self, lock: threading.RLock, contents: MutableMapping[str, Content]) -> None:
+    def __init__(self, lock: threading.RLock, contents: dict[str, Content]) -> None:
         self.lock = lock
         self.models: Models = {}
         self.targets: dict[str, Artifact] = {}  # URL path, with query where needed -> artifact
@@ -188,7 +188,8 @@ class ArtifactIndex:
     def _share(self, content: Content) -> Content:
         """Count one more user of this content, and return the object that all of them use."""
         known = self._contents.setdefault(content.hex, content)
-        if isinstance(known, HeldFile):  # it may have changed since; not so the new one
+        if isinstance(known, HeldFile) or known.size != content.size:
+            # It may have changed since, or is of a line that nobody of us wrote; not so the new one.
             known = self._contents[content.hex] = content
         known.users += 1
         return known

@@ -226,7 +226,7 @@ class Shared:
     def _remove_unneeded(self) -> None:
         unneeded, self._unneeded = self._unneeded, set()
         try:
-            self._replica.store.remove_unused(list(unneeded))  # other threads may add
+            self._replica.remove_unused(list(unneeded))  # other threads may add
         except OSError:
             self._unneeded |= unneeded
             raise
@@ -278,7 +278,7 @@ class Shared:
             logger.info("%s has ended: what it registered in %r is withdrawn", owner, self.folder.path)
             self._say_gone(Gone(owner))
         if dead or thoroughly:
-            self._replica.store.sweep(owners.difference(dead))
+            self._replica.sweep(owners.difference(dead))
         for owner in dead:
             end_owner(self.folder, owner)
 

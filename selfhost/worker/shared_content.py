@@ -172,8 +172,8 @@ class ContentStore:
 
     def __init__(self, folder: SharedFolder) -> None:
         self.folder = folder
-        self.contents: weakref.WeakValueDictionary[str, Content] = weakref.WeakValueDictionary()
-        self.lock = threading.Lock()  # for arithmetic only
+        self.lock = threading.Lock()  # for arithmetic and dictionary work only
+        self._known: weakref.WeakValueDictionary[str, SharedContent] = weakref.WeakValueDictionary()
         self._kept_bytes = 0
         self._given: deque[int] = deque()  # room given back by finalizers, which must not wait for a lock
         self._opened: deque[weakref.ref[SharedContent]] = deque()
@@ -181,11 +181,11 @@ class ContentStore:
 
     def get(self, hex: str, size: int) -> SharedContent:
         """Return the one object for a content, whether its file is there or not."""
-        known = self.contents.get(hex)
-        if isinstance(known, SharedContent) and known.size == size:
+        with self.lock:
+            known = self._known.get(hex)
+            if known is None or known.size != size:
+                known = self._known[hex] = SharedContent(self, hex, size)
             return known
-        content = self.contents[hex] = SharedContent(self, hex, size)
-        return content
 
     # -------------------------------------------------------------- files
 
@@ -203,7 +203,6 @@ class ContentStore:
 
     def ensure(self, content: SharedContent, source: Content, owner: str) -> None:
         """Write a file that was put here, and removed meanwhile, again; under the lock. Raises OSError."""
-        self.contents.setdefault(content.hex, content)
         if not self.folder.has(f"content/{content.hex}"):
             self._write(content, source, owner)
 
@@ -224,20 +223,18 @@ class ContentStore:
             raise
         content.trust(stamp)
 
-    def remove_unused(self, digests: Iterable[str]) -> None:
-        """Remove files of which nothing is registered any more; under the folder's lock. Raises OSError."""
+    def remove(self, digests: Iterable[str]) -> None:
+        """Remove the files of contents; under the folder's lock. Raises OSError."""
         for digest in digests:
-            content = self.contents.get(digest)
-            if content is None or not content.users:
-                self.folder.remove(f"content/{digest}")
+            self.folder.remove(f"content/{digest}")
 
-    def sweep(self, living: Collection[str]) -> None:
-        """Remove what owners that do not live left; under the lock, with all of the journal read."""
+    def sweep(self, living: Collection[str]) -> list[str]:
+        """Remove what owners that do not live left half-written; return the digests that have a file."""
         names = self.folder.names("content")
         for temporary in filter(None, map(_TEMPORARY.fullmatch, names)):
             if temporary[1] not in living:
                 self.folder.remove(f"content/{temporary[0]}")
-        self.remove_unused(filter(_HEX.fullmatch, names))
+        return [name for name in names if _HEX.fullmatch(name)]
 
     # -------------------------------------------------------------- what this process holds
 

@@ -1,4 +1,4 @@
-"""Forks beside threads that use shared registries: no child has a lock of its parent's, or owns what is its."""
+"""Forks beside threads that use shared registries: a child holds no lock of its parent's and owns nothing."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Optional
 
 from ..errors import RegistrationError
@@ -31,9 +31,10 @@ class Replica:
     def __init__(self, folder: SharedFolder) -> None:
         self._folder = folder
         self.store = ContentStore(folder)
-        self.index = ArtifactIndex(threading.RLock(), self.store.contents)
+        self.index = ArtifactIndex(threading.RLock(), {})
         self.journal: Optional[Journal] = Journal(folder)  # None once closed
         self._registrations: dict[str, dict[str, Registration]] = {}  # by owner and id
+        self._uses: dict[str, int] = {}  # blake3 hex -> files of these registrations
         self._is_reported = False
 
     def refresh(self) -> None:
@@ -78,6 +79,7 @@ class Replica:
         with self.index.lock:
             self.journal = None
             self._registrations.clear()
+            self._uses.clear()
             self.index.clear()
 
     def report(self, error: Exception) -> None:
@@ -123,13 +125,33 @@ class Replica:
             ]
             registration = self.index.add(change.id, change.slug, change.suffix, rows)
             self._registrations.setdefault(owner_of(change.id), {})[change.id] = registration
+            self._count(registration, 1)
 
     def _remove(self, registration: Registration) -> None:
         owned = self._registrations[owner_of(registration.id)]
         del owned[registration.id]
         if not owned:
             del self._registrations[owner_of(registration.id)]
+        self._count(registration, -1)
         self.index.remove(registration)
+
+    def _count(self, registration: Registration, step: int) -> None:
+        for artifact in registration.artifacts:
+            hex = artifact.content.hex
+            self._uses[hex] = self._uses.get(hex, 0) + step
+            if not self._uses[hex]:
+                del self._uses[hex]
+
+    def remove_unused(self, digests: Iterable[str]) -> None:
+        """Remove files of which nothing is registered; under the folder's lock, with all of the journal read.
+
+        Raises OSError.
+        """
+        self.store.remove([hex for hex in digests if hex not in self._uses])
+
+    def sweep(self, living: Collection[str]) -> None:
+        """Remove files that owners who do not live left, and that nothing registered needs; as above."""
+        self.remove_unused(self.store.sweep(living))
 
     # -------------------------------------------------------------- what a change would be
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from helpers import open_descriptors
+from helpers import TIMEOUT, open_descriptors, poll_until
 from werkzeug.test import Client
 
 from selfhost.errors import RegistrationError
@@ -182,6 +183,47 @@ def test_threads_that_share_content_do_not_lose_it(
         list(pool.map(work, range(16)))
 
     assert os.listdir(f"{folder}/content") == []
+
+
+def test_one_object_per_content(
+    shared: Callable[[], MetadataArtifactRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that ask at once, one that registers it and one that reads of it, have the same."""
+    store = shared()._shared._replica.store
+    threads: list[threading.Thread] = []
+    found = []
+
+    class Interrupted(SharedContent):
+        __slots__ = ()
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            if not threads:
+                threads.append(threading.Thread(target=lambda: found.append(store.get("0" * 64, 7))))
+                threads[0].start()
+                assert poll_until(lambda: bool(found) or store.lock.locked(), TIMEOUT)
+
+    monkeypatch.setattr(shared_content, "SharedContent", Interrupted)
+    content = store.get("0" * 64, 7)
+    threads[0].join()
+
+    assert found == [content]
+
+
+def test_file_that_is_registered_is_not_removed(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is deleted follows from what is registered, whatever else this process knows of the content."""
+    one, other = shared(), shared()
+    mine = one.register("m", "_base", "f", pin_bytes(LARGE))
+    other.register("m", "_base", "f", pin_bytes(LARGE))
+    content_of(one).users = 0
+    one._shared._replica.store._known.clear()
+    mine.close()
+    shared()  # removes what nobody has registered
+
+    assert content_of(other).read(0, len(LARGE)) == LARGE
+    assert os.listdir(f"{folder}/content") == [pin_bytes(LARGE).hex]
 
 
 def test_file_above_the_limit_of_pinning_is_copied(folder: str, make_file: MakeFile) -> None:

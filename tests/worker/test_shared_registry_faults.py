@@ -190,6 +190,26 @@ def test_same_line_twice_counts_once(shared: Callable[[], MetadataArtifactRegist
     assert (len(other), len(one), names(folder)) == (0, 0, [])
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_line_with_a_wrong_size(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, is_first: bool
+) -> None:
+    """It is a registration that cannot be served; that of the right size can, and its file stays."""
+    wrong = line("add", "1-0123456789abcdef.1", "n", "_base", [["f", pin_bytes(ONE).hex, 7, 1, True]])
+    one, other = shared(), shared()
+    if is_first:
+        append(folder, wrong)
+    one.register("m", "_base", "f", pin_bytes(ONE))
+    if not is_first:
+        append(folder, wrong)
+    for registry in (one, other):
+        assert read(registry) == ONE
+    other._shared._sweep_at = 0.0  # that owner does not live
+    assert other.keys() == [("m", "_base")]
+
+    assert [read(registry) for registry in (one, other, shared())] == [ONE] * 3
+
+
 # ------------------------------------------------------------------ the lock
 
 
