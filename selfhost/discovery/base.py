@@ -222,14 +222,14 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-def check_key(backend: str, key: RecordKey) -> None:
+def check_key(backend: str, key: RecordKey, *, action: str = "publish") -> None:
     """Raise DiscoveryError where the key's own text would not be read as that key."""
     try:
         same = RecordKey.parse(str(key).encode().decode()) == key
     except (DiscoveryError, UnicodeEncodeError):
         same = False
     if not same:
-        message = f"cannot publish {str(key)!r}: each name must be there and hold no '/', the id fit 64 bits"
+        message = f"cannot {action} {str(key)!r}: each name must be there and hold no '/', the id fit 64 bits"
         raise DiscoveryError(message, backend=backend, key=str(key))
 
 

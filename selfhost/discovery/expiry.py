@@ -3,6 +3,9 @@
 Ages are differences of wall-clock times, because modification times are; so a clock that is set must not
 look like everybody's death. A jump shows as wall clock and monotonic clock drifting apart; after one, nothing
 is stale for one time to live, in which every living owner touches its records by the new time.
+
+A file of the future, touched before the clock was set back or by a host whose clock is ahead, has no age. It
+is dead once nobody has been seen to touch it for one time to live.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Iterator
 from typing import Callable, Optional
 
 from . import layout
+
+_MOST_AHEAD = 10_000  # files of the future that are remembered; names come and go
 
 
 class Expiry:
@@ -26,15 +31,27 @@ class Expiry:
         self._monotonic = monotonic
         self._offset: Optional[float] = None  # wall clock minus monotonic, when last asked
         self._trusted_from = float("-inf")  # monotonic
+        self._ahead: dict[str, tuple[float, float]] = {}  # by path: mtime, and since when (monotonic)
 
-    def is_stale(self, mtime: float) -> bool:
-        """Tell whether something last touched at `mtime` (wall clock) has outlived its time."""
+    def is_stale(self, path: str, mtime: float) -> bool:
+        """Tell whether the file, last touched at `mtime` (wall clock), has outlived its time."""
         wall, monotonic = self._clock(), self._monotonic()
         offset = wall - monotonic
         if self._offset is not None and abs(offset - self._offset) > self.ttl_seconds / 3:
             self._trusted_from = monotonic + self.ttl_seconds
         self._offset = offset  # each time anew: a clock that is only slewed never jumps
+        if mtime > wall + self.ttl_seconds / 3:
+            return self._has_stood_still(path, mtime, monotonic)
         return monotonic >= self._trusted_from and wall - mtime > self.ttl_seconds
+
+    def _has_stood_still(self, path: str, mtime: float, monotonic: float) -> bool:
+        seen = self._ahead.get(path)
+        if seen is not None and seen[0] == mtime:
+            return monotonic - seen[1] > self.ttl_seconds
+        if len(self._ahead) >= _MOST_AHEAD:
+            self._ahead.clear()
+        self._ahead[path] = mtime, monotonic
+        return False
 
 
 def sweep(directory: str, expiry: Expiry, keep: Callable[[str], bool]) -> Iterator[OSError]:
@@ -63,4 +80,4 @@ def _is_dead(entry: os.DirEntry[str], expiry: Expiry) -> bool:
     if not layout.is_temporary(entry.name) and layout.key_of(entry.name) is None:
         return False
     found = entry.stat(follow_symlinks=False)
-    return stat.S_ISREG(found.st_mode) and expiry.is_stale(found.st_mtime)
+    return stat.S_ISREG(found.st_mode) and expiry.is_stale(entry.path, found.st_mtime)

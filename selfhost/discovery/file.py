@@ -110,7 +110,7 @@ class FileDiscovery:
 
     def remove(self, bucket: Bucket, key: RecordKey) -> None:
         """Unlink the record's file; see Discovery.remove."""
-        check_key(self.name, key)
+        check_key(self.name, key, action="remove")
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(bucket, key))
@@ -141,7 +141,7 @@ class FileDiscovery:
             record.create(adopt=adopt)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
-                if not self._expiry.is_stale(os.lstat(record.path).st_mtime):
+                if not self._expiry.is_stale(record.path, os.lstat(record.path).st_mtime):
                     raise
                 os.unlink(record.path)  # its owner is dead
             record.create()

@@ -99,7 +99,7 @@ class Scanner:
             found = entry.stat(follow_symlinks=False)
             if not stat.S_ISREG(found.st_mode):
                 return None
-            if self._expiry.is_stale(found.st_mtime) and not self._keep(entry.path):
+            if self._expiry.is_stale(entry.path, found.st_mtime) and not self._keep(entry.path):
                 return None
             # ctime too: it tells of a changed mode
             stamp = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

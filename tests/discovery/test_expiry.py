@@ -9,6 +9,8 @@ import pytest
 
 from selfhost.discovery.expiry import Expiry, sweep
 
+PATH = "/store/v1/mdc/a%2Fb%2Fc%2F1"
+
 
 class Clocks:
     """A wall clock and a monotonic one, both moved by hand; seconds."""
@@ -37,19 +39,19 @@ def expiry(clocks: Clocks) -> Expiry:
 
 def test_stale_is_what_outlived_its_time(clocks: Clocks, expiry: Expiry) -> None:
     """Older than the time to live, not as old."""
-    assert not expiry.is_stale(clocks.wall - 10.0)
-    assert expiry.is_stale(clocks.wall - 10.1)
-    assert not expiry.is_stale(clocks.wall + 3600)
+    assert not expiry.is_stale(PATH, clocks.wall - 10.0)
+    assert expiry.is_stale(PATH, clocks.wall - 10.1)
+    assert not expiry.is_stale(PATH, clocks.wall + 3600)
 
 
 def test_time_that_passes_makes_stale(clocks: Clocks, expiry: Expiry) -> None:
     """However long nobody asked in between."""
     touched = clocks.wall
-    assert not expiry.is_stale(touched)
+    assert not expiry.is_stale(PATH, touched)
 
     clocks.pass_time(3600.0)
 
-    assert expiry.is_stale(touched)
+    assert expiry.is_stale(PATH, touched)
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0, 4.0])
@@ -57,15 +59,15 @@ def test_clock_that_is_set_makes_nothing_stale_for_one_lifetime(
     clocks: Clocks, expiry: Expiry, jump: float
 ) -> None:
     """Then owners have touched their records by the new time, and the dead are dead. # catalogue 135."""
-    expiry.is_stale(clocks.wall)
+    expiry.is_stale(PATH, clocks.wall)
 
     clocks.wall += jump
 
-    assert not expiry.is_stale(clocks.wall - 20.0)
+    assert not expiry.is_stale(PATH, clocks.wall - 20.0)
     clocks.pass_time(9.9)
-    assert not expiry.is_stale(clocks.wall - 20.0)
+    assert not expiry.is_stale(PATH, clocks.wall - 20.0)
     clocks.pass_time(0.2)
-    assert expiry.is_stale(clocks.wall - 20.0)
+    assert expiry.is_stale(PATH, clocks.wall - 20.0)
 
 
 def test_slewed_clock_is_no_jump(clocks: Clocks, expiry: Expiry) -> None:
@@ -73,7 +75,27 @@ def test_slewed_clock_is_no_jump(clocks: Clocks, expiry: Expiry) -> None:
     for _ in range(1000):
         clocks.pass_time(1.0)
         clocks.wall += 0.5
-        assert expiry.is_stale(clocks.wall - 20.0)
+        assert expiry.is_stale(PATH, clocks.wall - 20.0)
+
+
+def test_file_of_the_future_is_stale_when_nobody_touches_it(clocks: Clocks, expiry: Expiry) -> None:
+    """Its owner died before the clock was set back, or on a host whose clock is ahead."""
+    touched = clocks.wall
+    clocks.wall -= 3600.0
+    assert not expiry.is_stale(PATH, touched)
+
+    clocks.pass_time(9.9)
+    assert not expiry.is_stale(PATH, touched)
+    clocks.pass_time(0.2)
+    assert expiry.is_stale(PATH, touched)
+    assert not expiry.is_stale(PATH + "2", touched)
+
+
+def test_owner_whose_clock_is_ahead_lives(clocks: Clocks, expiry: Expiry) -> None:
+    """It is seen to touch its record."""
+    for _ in range(100):
+        clocks.pass_time(10.0)
+        assert not expiry.is_stale(PATH, clocks.wall + 3600.0)
 
 
 def test_sweep_removes_dead_records_and_temporaries_only(

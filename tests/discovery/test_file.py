@@ -375,3 +375,9 @@ def test_what_a_dead_holder_left_is_removed(tmp_path: Path) -> None:
 
         assert threading.active_count() <= threads
         assert survivor.records(Bucket.MODELS) == {}
+
+
+def test_key_that_is_none_is_not_removed(store: FileDiscovery) -> None:
+    """It would be read as another one's."""
+    with pytest.raises(DiscoveryError, match="cannot remove 'a/b/c/d/1'"):
+        store.remove(Bucket.MODELS, RecordKey("a/b", "c", "d", 1))
