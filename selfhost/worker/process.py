@@ -82,6 +82,7 @@ class ServerProcess:
         self._started = threading.Event()  # or failed to
         self._asked = threading.Event()  # the endpoints' states are known
         self._failure: Optional[Exception] = None
+        self._reason = ""  # why the last one could not be relaunched, as the log knows already
         self._supervisor = threading.Thread(
             target=self._supervise, name="selfhost-status-supervisor", daemon=True
         )
@@ -179,8 +180,7 @@ class ServerProcess:
             self._failure = error
             self._mirror.end()
             if self._has_served:
-                message = "the status server's process cannot be launched: %s; trying again"
-                log_safely(logger, logging.WARNING, message, error)
+                self._report_failure(str(error))
             return
         is_hung = False
         try:
@@ -265,8 +265,18 @@ class ServerProcess:
     def _report(self, pid: int, how: str) -> None:
         if self._closing.is_set():
             log_safely(logger, logging.DEBUG, "the status server's process %d has ended: %s", pid, how)
-        elif self._has_served:
+        elif self._is_serving:
+            self._reason = ""
             message = "the status server's process %d has ended (%s); another takes its place"
             log_safely(logger, logging.WARNING, message, pid, how)
+        elif self._has_served:
+            self._report_failure(how)
         else:
             self._failure = StatusServerError(f"its process has ended: {how}", address="")
+
+    def _report_failure(self, reason: str) -> None:
+        """Say why there is no process to take the other's place: once, while the reason stays the same."""
+        level = logging.DEBUG if reason == self._reason else logging.WARNING
+        self._reason = reason
+        message = "the status server's process cannot be relaunched: %s; trying again"
+        log_safely(logger, level, message, reason)

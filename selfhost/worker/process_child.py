@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any, Callable, Optional, cast
 
 from ..card.checksum import Checksum
+from ..errors import SelfHostError
 from ..settings import ServerLimits
 from .access import Access
 from .artifacts import Registration, Row
@@ -50,6 +51,8 @@ def main(control_fd: int, listener_fd: int, host_pid: int) -> None:
     process = ServingProcess(socket.socket(fileno=control_fd), socket.socket(fileno=listener_fd), host_pid)
     try:
         process.run()
+    except SelfHostError as error:  # a certificate that cannot be read any more: the host logs it, in one line
+        sys.exit(str(error))
     finally:
         process.close()
     os._exit(0)  # nothing is left to tidy up

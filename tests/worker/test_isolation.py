@@ -273,6 +273,29 @@ def test_tls(start_tls: Any, connect_tls: Any, serve_bytes: Any, replaced: Any) 
     assert (server.scheme, bodies) == ("https", [LARGE, LARGE])
 
 
+def test_certificate_that_the_next_process_cannot_use(
+    start_tls: Any,
+    connect_tls: Any,
+    tls_files: TlsFiles,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: Any,
+) -> None:
+    """The log says in one line which file it is and what is wrong; once it can be used again, it is."""
+    server = start_tls()
+    good = os.path.dirname(tls_files.cert) + "/good.pem"
+    os.rename(tls_files.cert, good)
+    Path(tls_files.cert).write_text("nonsense")
+    os.kill(pid_of(server), signal.SIGKILL)
+    assert wait_until(lambda: "cannot be relaunched" in caplog.text)
+    os.replace(good, tls_files.cert)
+
+    assert connect_tls(server).get("/live").answer().status == 200
+    (line,) = [record.getMessage() for record in caplog.records if "relaunched" in record.getMessage()]
+    assert re.fullmatch(r"[^\n]*cannot be relaunched: [^\n]*; trying again", line)
+    assert tls_files.cert in line
+    assert "no certificate in it" in line
+
+
 def test_unusable_certificate(start_tls: Any, tls_files: TlsFiles) -> None:
     """Files that cannot be used are an error of the start, as for a thread."""
     Path(tls_files.cert).write_text("nonsense")
@@ -620,7 +643,7 @@ def test_withdrawn_while_no_process_can_be_launched(
     early = registry.register("m", "_base", "early", pin_bytes(LARGE))
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     os.kill(pid_of(server), signal.SIGKILL)
-    assert wait_until(lambda: "cannot be launched" in caplog.text)
+    assert wait_until(lambda: "cannot be relaunched" in caplog.text)
     late = registry.register("m", "_base", "late", pin_bytes(LARGE[::-1]))
     target = registry.register("m", "_base", "kept", pin_bytes(LARGE[1:])).targets["kept"]
     late.close()
@@ -642,6 +665,7 @@ def test_process_that_fails_again_and_again(
     wait_until: Any,
 ) -> None:
     """It is launched more and more slowly, the port stays open, and the first that works serves who waits."""
+    caplog.set_level(logging.DEBUG, "selfhost")
     server = start_server()
     monkeypatch.setattr(process_launch, "_PROGRAM", "raise SystemExit('no such luck')")
     os.kill(pid_of(server), signal.SIGKILL)
@@ -653,6 +677,8 @@ def test_process_that_fails_again_and_again(
     waiting.close()
     failures = [record.created for record in caplog.records if "no such luck" in record.getMessage()]
     assert failures[2] - failures[0] >= 0.6  # seconds
+    levels = [record.levelname for record in caplog.records if "no such luck" in record.getMessage()]
+    assert levels[:3] == ["WARNING", "DEBUG", "DEBUG"]  # it is one trouble
 
 
 def test_process_that_is_stopped_does_not_stop_its_host(
