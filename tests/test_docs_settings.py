@@ -8,14 +8,25 @@ import re
 import documents
 import pytest
 
-from selfhost.errors import SettingsError
+from selfhost.cli import main
+from selfhost.errors import RegistrationError, SettingsError
+from selfhost.frontend import ClientTls, Tokens
+from selfhost.frontend.tokens import parse_origin
 from selfhost.settings import FrontendSettings, ServerLimits, Settings
+from selfhost.worker.access import Access
 from selfhost.worker.advertise import AdvertisedAddress
+from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.tls import TlsFiles
 
-ROWS = re.findall(
-    r"^\| `([A-Z_]+)` \| (.*?) \| .*? \| (.*?) ?\|$", documents.read("docs/settings.md"), re.MULTILINE
-)
+TEXT = documents.read("docs/settings.md")
+ROWS = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| .*? \| (.*?) \|$", TEXT, re.MULTILINE)
 DEFAULTS = {name: default.strip("`") for name, default, _ in ROWS}
+# The last piece of code in each row: a text, which may quote code itself.
+ERRORS = {
+    name: re.findall(r"(`+)(.+?)\1(?!`)", error)[-1][1]
+    for name, _, error in ROWS
+    if not error.startswith("none")
+}
 
 
 def test_table_has_every_setting() -> None:
@@ -34,20 +45,39 @@ def test_table_has_every_setting() -> None:
     assert {name for name, _, _ in ROWS} | mentioned == asked
 
 
-@pytest.mark.parametrize("text", [error.strip("`") for _, _, error in ROWS if error])
-def test_table_has_the_real_error(text: str) -> None:
-    """The error of a row is what its value really raises."""
-    variable, value = re.findall(r"^(\w+)='(.*?)' cannot", text)[0]
+@pytest.mark.parametrize("variable", ERRORS)
+def test_table_has_the_real_error(variable: str) -> None:
+    """The error of a row is what its value really raises; a secret has three characters."""
+    text = ERRORS[variable]
+    value = (re.findall(r"(?<!\w)'(.*?)'", text) or ["abc"])[0]
+
+    assert error_of(variable, value) == text
+
+
+@pytest.mark.parametrize("variable", ["DYN_SYSTEM_TOKEN", "DYN_MDC_TLS_CA"])
+def test_text_has_the_real_error(variable: str) -> None:
+    """So are the errors that the text around the table tells, whose lines are broken."""
+    (text, value) = re.findall(rf"`({variable}='(.*?)' cannot.*?)`", TEXT.replace("\n", " "))[0]
 
     assert error_of(variable, value) == text
 
 
 def error_of(variable: str, value: str) -> str:
     """Return what is said about a value, whether it is read or used."""
+    environ = {variable: value}
     try:
-        url = Settings.from_env({variable: value}).advertise_url
-        AdvertisedAddress.parse(str(url), variable=variable)
-    except SettingsError as error:
+        settings = Settings.from_env(environ)
+        if settings.advertise_url is not None:
+            AdvertisedAddress.parse(settings.advertise_url, variable=variable)
+        files = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        if files is not None:
+            files.check()
+        Access.of(settings.token, settings.token_file)
+        MetadataArtifactRegistry(shared=settings.shared_dir)
+        frontend = FrontendSettings.from_env(environ)
+        ClientTls(frontend.tls_ca, frontend.tls_cert, frontend.tls_key).context()
+        Tokens(file=frontend.tokens_file).of(parse_origin("https://gpu7:9090"))
+    except (SettingsError, RegistrationError) as error:
         return str(error)
     return ""
 
@@ -87,3 +117,14 @@ def test_all_else_is_off() -> None:
         "token",
     ):
         assert getattr(settings, name) is None
+
+
+def test_serve_has_the_flags_that_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a worker's settings `selfhost serve` sets all but the limits, the folder and what it always does."""
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    named = set(re.findall(r"DYN_\w+", capsys.readouterr().out))
+    limits = {"DYN_SYSTEM_" + field.name.upper() for field in dataclasses.fields(ServerLimits)}
+    others = {"DYN_SELF_HOST_METADATA", "DYN_SYSTEM_SHARED_DIR"}
+
+    assert named == {name for name in DEFAULTS if not re.match("DYN_MDC|HF", name)} - limits - others
