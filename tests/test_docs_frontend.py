@@ -74,11 +74,11 @@ def names(folder: object) -> set[str]:
 
 def test_tables_are_of_the_code() -> None:
     """The arguments, the types that they take and the states are those that there are."""
-    arguments = re.findall(r"^\| `(\w+)=(?:\{.*\}|\[.*\]|(\w+)\(.*\))` \|", TEXT, re.MULTILINE)
+    arguments = re.findall(r"^\| `(\w+)=(?:\{.*\}|\[.*\]|True|(\w+)\(.*\))` \|", TEXT, re.MULTILINE)
     states = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     seconds = ("connect_seconds", "read_seconds", "total_seconds")
 
-    assert len(arguments) == 5
+    assert len(arguments) == 6
     assert {name for name, _ in arguments} <= set(inspect.signature(default_transports).parameters)
     assert {kind for _, kind in arguments if kind} <= set(frontend.__all__)
     assert states == [state.value for state in ModelState if state is not ModelState.GONE]
