@@ -51,7 +51,7 @@ def main(control_fd: int, listener_fd: int, host_pid: int) -> None:
     process = ServingProcess(socket.socket(fileno=control_fd), socket.socket(fileno=listener_fd), host_pid)
     try:
         process.run()
-    except SelfHostError as error:  # a certificate that cannot be read any more: the host logs it, in one line
+    except SelfHostError as error:  # a certificate that cannot be read now: the host logs it in a line
         sys.exit(str(error))
     finally:
         process.close()
