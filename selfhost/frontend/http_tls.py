@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Optional, Union
+import stat
+from typing import TYPE_CHECKING, NoReturn, Optional, Union
 
 from ..errors import FetchError, SettingsError, TLSFailed, shown
 from .renewable import Renewable
@@ -46,6 +48,15 @@ _REASONS = {  # OpenSSL's, of which releases have different ones for the same
     "UNSUPPORTED_PROTOCOL": OLD_TLS,
     "TLSV1_ALERT_PROTOCOL_VERSION": OLD_TLS,
 }
+
+
+_FILES = {  # how else each is set, and what it is to be
+    "ca_file": ("--ca, DYN_MDC_TLS_CA", "a PEM file of certificates"),
+    "cert_file": ("--cert, DYN_MDC_TLS_CERT", "PEM files of a certificate and its unencrypted key"),
+    "key_file": ("--key, DYN_MDC_TLS_KEY", "a PEM file of the certificate's unencrypted key"),
+}
+_CERTIFICATE, _KEY = b"CERTIFICATE-----", b"PRIVATE KEY-----"
+_MAX_PEM_BYTES = 4 << 20  # a bundle of every public CA has 0.2 MB
 
 
 def secure(sock: socket.socket, origin: Origin, watch: Watch, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -141,7 +152,7 @@ def tls_context(
 
     Trusts the system's roots (OpenSSL's; SSL_CERT_FILE, SSL_CERT_DIR move them) or only those in `ca_file`.
     `cert_file` is the client's certificate with its chain, `key_file` its key where that file does not hold
-    it, all PEM; an encrypted key cannot be used. Raises SettingsError, naming the file that cannot be used.
+    it, all PEM; an encrypted key cannot be used. Raises SettingsError, naming the setting and its file.
     """
     import ssl
 
@@ -149,21 +160,21 @@ def tls_context(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies; ssl.create_default_context() also logs keys
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        if ca_file is None:
-            context.load_default_certs()
-        else:
-            context.load_verify_locations(cafile=os.fspath(ca_file))
-    except OSError as err:
-        raise _unusable("ca_file", ca_file, "a PEM file of certificates", err) from err
-    if cert_file is not None:
-        key = None if key_file is None else os.fspath(key_file)
+    if ca_file is None:
+        context.load_default_certs()
+    else:
+        path = _pem("ca_file", ca_file, _CERTIFICATE)
         try:
-            # Without a password OpenSSL would ask for one on the terminal.
-            context.load_cert_chain(os.fspath(cert_file), key, password=lambda: b"")
+            context.load_verify_locations(cafile=path)
         except (OSError, ValueError) as err:
-            accepted = "PEM files of a certificate and its unencrypted key"
-            raise _unusable("cert_file", cert_file, accepted, err) from err
+            raise _unusable("ca_file", path, _reason(err)) from err
+    if cert_file is not None:
+        cert = _pem("cert_file", cert_file, _CERTIFICATE)
+        key = _pem("cert_file" if key_file is None else "key_file", key_file or cert_file, _KEY)
+        try:
+            context.load_cert_chain(cert, key, password=_refuse_to_ask)
+        except (OSError, ValueError) as err:
+            raise _unusable("cert_file", cert, _reason(err)) from err
     return context
 
 
@@ -176,7 +187,38 @@ def _require_certificate(cert_file: Optional[_Path], key_file: Optional[_Path]) 
         )  # fmt: skip
 
 
-def _unusable(variable: str, path: Optional[_Path], accepted: str, err: Exception) -> SettingsError:
-    value = None if path is None else os.fspath(path)
-    message = f"cannot use {shown(value)} as {variable}: expected {accepted}, found: {err}"
-    return SettingsError(message, variable=variable, value=value, accepted=accepted)
+def _pem(variable: str, path: _Path, marker: bytes) -> str:
+    """Return the path of a file in which there is what OpenSSL will look for.
+
+    It would only call it a `PEM lib` error, without a word about the file.
+    """
+    path = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would wait for its writer
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_PEM_BYTES)
+    except (OSError, ValueError) as err:  # ValueError: a NUL in the path
+        raise _unusable(variable, path, _reason(err)) from err
+    if marker not in data:
+        what = marker.decode().rstrip("-").lower()
+        raise _unusable(variable, path, f"no {what} in it ({len(data)} bytes)")
+    return path
+
+
+def _refuse_to_ask() -> NoReturn:
+    """Keep OpenSSL from asking for a password on the terminal."""
+    raise ValueError("the key is encrypted")
+
+
+def _reason(err: Exception) -> str:
+    reason = getattr(err, "reason", None)  # of an SSLError
+    if reason == "KEY_VALUES_MISMATCH":
+        return "a key that belongs to another certificate"
+    return reason or _text(err)
+
+
+def _unusable(variable: str, path: str, found: str) -> SettingsError:
+    names, accepted = _FILES[variable]
+    message = f"cannot use {shown(path)} as {variable} ({names}): expected {accepted}, found: {found}"
+    return SettingsError(message, variable=variable, value=path, accepted=accepted)

@@ -95,9 +95,10 @@ def read_token(path: str) -> str:
         with open(path, encoding="ascii", errors="replace") as file:
             token = file.read(MAX_FILE_BYTES).strip()
     except OSError as error:
-        raise _unusable_file(path, str(error.strerror), _ACCEPTED_TOKEN) from None
+        raise _unusable_file(path, str(error.strerror), _ACCEPTED_TOKEN, "--token-file") from None
     if not _TOKEN.fullmatch(token):
-        raise _unusable_file(path, "something else" if token else "nothing", _ACCEPTED_TOKEN)
+        found = "something else" if token else "nothing"
+        raise _unusable_file(path, found, _ACCEPTED_TOKEN, "--token-file")
     return token
 
 
@@ -111,7 +112,7 @@ def _parse(text: str, path: str) -> dict[Origin, str]:
             origin, token = words
             key = parse_origin(origin)
         except ValueError:  # SettingsError, too, which shows what may be a token in the wrong place
-            raise _unusable_file(path, f"line {number} is none") from None
+            raise _unusable_file(path, f"line {number} is not `ORIGIN TOKEN`") from None
         if key in tokens or not _TOKEN.fullmatch(token):
             why = "names an origin once more" if key in tokens else f"has no token ({_ACCEPTED_TOKEN})"
             raise _unusable_file(path, f"line {number} {why}")
@@ -142,6 +143,8 @@ def _checked(token: str, origin: str) -> str:
     return token
 
 
-def _unusable_file(path: str, found: str, accepted: str = _ACCEPTED_LINE) -> SettingsError:
-    message = f"cannot use {shown(path)} for tokens: expected {accepted}; found: {found}"
-    return SettingsError(message, variable="tokens_file", value=path, accepted=accepted)
+def _unusable_file(
+    path: str, found: str, accepted: str = _ACCEPTED_LINE, variable: str = "DYN_MDC_TOKENS_FILE"
+) -> SettingsError:
+    message = f"cannot use {shown(path)} for tokens ({variable}): expected {accepted}; found: {found}"
+    return SettingsError(message, variable=variable, value=path, accepted=accepted)

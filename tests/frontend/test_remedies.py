@@ -59,7 +59,10 @@ CASES = {
     "compressed": (
         "/c", wire.ok(b"{}", "Content-Encoding: gzip"), ("content", "encoded answer", "/v1/metadata"),
     ),
-    "one byte": ("/c", wire.silent_after(wire.head("Content-Length: 99") + b"{"), ("content", "time-out, body", "stalled")),
+    "one byte": (
+        "/c", wire.silent_after(wire.head("Content-Length: 99") + b"{"),
+        ("content", "time-out, body", "stalled"),
+    ),
 }  # fmt: skip
 
 

@@ -232,12 +232,12 @@ def test_renewed_file_is_read_once_that_is_possible(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{TOKEN}\n", "line 1 is none"),
-        (f"# x\n{TOKEN} https://gpu7\n", "line 2 is none"),
-        (f"https://gpu7 Bearer {TOKEN}\n", "line 1 is none"),
-        (f"https://gpu7/path {TOKEN}\n", "line 1 is none"),
-        (f"https://me@gpu7 {TOKEN}\n", "line 1 is none"),
-        (f"ftp://gpu7 {TOKEN}\n", "line 1 is none"),
+        (f"{TOKEN}\n", "line 1 is not `ORIGIN TOKEN`"),
+        (f"# x\n{TOKEN} https://gpu7\n", "line 2 is not `ORIGIN TOKEN`"),
+        (f"https://gpu7 Bearer {TOKEN}\n", "line 1 is not `ORIGIN TOKEN`"),
+        (f"https://gpu7/path {TOKEN}\n", "line 1 is not `ORIGIN TOKEN`"),
+        (f"https://me@gpu7 {TOKEN}\n", "line 1 is not `ORIGIN TOKEN`"),
+        (f"ftp://gpu7 {TOKEN}\n", "line 1 is not `ORIGIN TOKEN`"),
         (f"https://gpu7 {TOKEN}é\n", "line 1 has no token"),
         (f"https://gpu7 {TOKEN}\nhttps://GPU7:443 {TOKEN}\n", "line 2 names an origin once more"),
         (f"https://gpu7 {TOKEN * 1000}", "line 1 has no token"),
@@ -266,7 +266,8 @@ def test_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     with pytest.raises(SettingsError, match="for tokens") as caught:
         Tokens(file=path).of(HERE)
 
-    assert caught.value.variable == "tokens_file"
+    assert caught.value.variable == "DYN_MDC_TOKENS_FILE"
+    assert "(DYN_MDC_TOKENS_FILE)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

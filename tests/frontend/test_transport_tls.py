@@ -466,20 +466,29 @@ def test_keys_are_never_logged(
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "found"),
     [
-        ({"key_file": "empty"}, "cert_file"),
-        ({"cert_file": "empty"}, "cert_file"),
-        ({"cert_file": "missing"}, "cert_file"),
-        ({"cert_file": "chain"}, "cert_file"),
-        ({"cert_file": "chain", "key_file": "other"}, "cert_file"),
-        ({"cert_file": "locked"}, "cert_file"),
-        ({"ca_file": "empty"}, "ca_file"),
-        ({"ca_file": "missing"}, "ca_file"),
+        ({"key_file": "empty"}, "cert_file", "without a certificate"),
+        ({"cert_file": "empty"}, "cert_file", "no certificate in it (0 bytes)"),
+        ({"cert_file": "missing"}, "cert_file", "No such file or directory"),
+        ({"cert_file": "chain"}, "cert_file", "no private key in it"),
+        (
+            {"cert_file": "chain", "key_file": "other"},
+            "cert_file",
+            "a key that belongs to another certificate",
+        ),
+        ({"cert_file": "chain", "key_file": "missing"}, "key_file", "No such file or directory"),
+        ({"cert_file": "chain", "key_file": "chain"}, "key_file", "no private key in it"),
+        ({"cert_file": "locked"}, "cert_file", "the key is encrypted"),
+        ({"cert_file": "torn"}, "cert_file", "found: "),
+        ({"ca_file": "empty"}, "ca_file", "no certificate in it (0 bytes)"),
+        ({"ca_file": "missing"}, "ca_file", "No such file or directory"),
+        ({"ca_file": "FIFO"}, "ca_file", "it is no regular file"),
+        ({"ca_file": "torn"}, "ca_file", "found: "),
     ],
 )
 def test_half_a_configuration(
-    options: dict[str, str], named: str, authority: trustme.CA, tmp_path: Path
+    options: dict[str, str], named: str, found: str, authority: trustme.CA, tmp_path: Path
 ) -> None:
     """A file that is missing, not PEM, does not fit or asks for a password is refused, and named."""
     cert = authority.issue_cert("frontend.test")
@@ -487,10 +496,14 @@ def test_half_a_configuration(
     (tmp_path / "chain").write_bytes(b"".join(blob.bytes() for blob in cert.cert_chain_pems))
     (tmp_path / "other").write_bytes(authority.issue_cert("other.test").private_key_pem.bytes())
     (tmp_path / "locked").write_bytes(_with_encrypted_key(cert))
+    (tmp_path / "torn").write_bytes(b"-----BEGIN CERTIFICATE-----\nAA\n-----BEGIN PRIVATE KEY-----\nAA")
+    os.mkfifo(tmp_path / "FIFO")
     with pytest.raises(SettingsError) as caught:
         tls_context(**{option: tmp_path / name for option, name in options.items()})
 
     assert caught.value.variable == named
+    assert f"DYN_MDC_TLS_{named[:-5].upper()}" in str(caught.value)
+    assert found in str(caught.value)
 
 
 def _with_encrypted_key(cert: trustme.LeafCert) -> bytes:
