@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional
 
 import documents
+import foreign
 import pytest
-from documents import SECONDS, environment, records, run
+from documents import SECONDS, records, run
+from helpers import poll_until
 
 README = documents.read("README.md")
 SAMPLES = {name: text for name, text in documents.samples(README).items() if name.endswith(".py")}
@@ -35,6 +32,18 @@ def test_every_python_block_is_a_sample() -> None:
     assert len(SAMPLES["worker.py"].strip().splitlines()) <= 11
     assert len(SAMPLES["frontend.py"].strip().splitlines()) <= 10
     assert len(README.splitlines()) <= 125
+
+
+def test_every_document_is_there_and_linked() -> None:
+    """The README leads to each document, and no link in any of them leads to none."""
+    links = {
+        name: set(re.findall(r"\]\((?:docs/)?([\w.]+\.md)\)", documents.read(name)))
+        for name in documents.DOCUMENTS
+    }
+    there = {name.rpartition("/")[2] for name in documents.DOCUMENTS}
+
+    assert there - {"README.md"} == links["README.md"] - {"CHANGELOG.md"}
+    assert set().union(*links.values()) <= there | {"CHANGELOG.md"}
 
 
 def test_first_steps(tmp_path: Path) -> None:
@@ -108,63 +117,18 @@ def test_vendoring_command(folder: Path) -> None:
 # ------------------------------------------------------------------ gunicorn
 
 
-@pytest.fixture
-def gunicorn(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
-    """Run the WSGI sample as the README says, on a port of loopback."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(port: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "-w", "2", "mounted:app"]
-        variables = {
-            "DYN_SYSTEM_ADVERTISE_URL": f"http://127.0.0.1:{port}",
-            "DYN_SYSTEM_SHARED_DIR": str(folder / "share"),
-            "DYN_FILE_KV": str(folder / "kv"),
-        }
-        process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables))
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait(timeout=SECONDS)
-
-
-def test_mounted_sample(gunicorn: Callable[[int], subprocess.Popen[bytes]], folder: Path) -> None:
+def test_mounted_sample(folder: Path) -> None:
     """All gunicorn workers serve the model, one publishes it, until gunicorn is told to end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = gunicorn(port)
-    served = wait_for(lambda: get(port, "/v1/metadata/my_model/_base/config.json"))
-    wait_for(lambda: len(records(folder / "kv")) == 2)
+    env = foreign.environment(
+        folder,
+        DYN_SYSTEM_ADVERTISE_URL="URL",
+        DYN_SYSTEM_SHARED_DIR=str(folder / "share"),
+        DYN_FILE_KV=str(folder / "kv"),
+    )
+    with foreign.running(foreign.gunicorn("-w", "2", "mounted:app"), folder, env) as server:
+        served = server.get("/v1/metadata/my_model/_base/config.json")
+        assert poll_until(lambda: len(records(folder / "kv")) == 2, SECONDS)
 
-    assert served == (folder / "my-model" / "config.json").read_bytes()
-
-    process.terminate()
-    assert process.wait(timeout=SECONDS) == 0
+        assert (served.status, served.body) == (200, (folder / "my-model" / "config.json").read_bytes())
+        assert server.stop() == 0
     assert records(folder / "kv") == []
-
-
-def get(port: int, path: str) -> Optional[bytes]:
-    """Return the body of a 200, None where nobody answers yet."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        assert answer.status == 200
-        return answer.read()
-    except ConnectionError:
-        return None
-    finally:
-        connection.close()
-
-
-def wait_for(condition: Callable[[], object]) -> object:
-    """Return the first true result of a condition."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.02)
-    pytest.fail("it never came true")
