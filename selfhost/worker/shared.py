@@ -5,6 +5,7 @@ look-up costs one fstat of the journal: its size says whether anything is new, i
 replaced. So what one process registered is served by all at their very next request.
 
 - Changes are made under the folder's lock, by whoever has read all of the journal: so all agree on the order.
+- What cannot be said, as the disk is full, is said with the next change, or within GHOST_SECONDS of look-ups.
 - What a process registered goes when it ends: at once if it exits, within GHOST_SECONDS of look-ups by others
   if it was killed. A forked child serves what its parent registered, which stays the parent's.
 - Who cannot read the folder any more goes on with what it knows, and says so once. Look-ups never raise.
@@ -64,8 +65,8 @@ class Shared:
         self.folder = SharedFolder(path)
         self._owner: Optional[str] = None  # this process, once it has registered something
         self._is_closed = False
-        self._unsaid: list[Change] = []  # withdrawn while the folder could not be written ...
-        self._unneeded: set[str] = set()  # ... and content that may have to go with it
+        self._unsaid: list[Change] = []  # withdrawn while the folder could not be written
+        self._unneeded: set[str] = set()  # content of which nothing may be registered any more
         self._numbers = itertools.count(1)
         self._compact_at = _COMPACT_BYTES
         self._sweep_at = 0.0
@@ -182,7 +183,7 @@ class Shared:
                 self._say(self._replica.placed(id, slug, suffix, [row for row, _ in files]))
                 registration = self._replica.find(id)
             except BaseException:
-                self._unsaid.append(Remove((id,)))  # it may have been written
+                self._withdraw_here(Remove((id,)))  # it may have been written
                 raise
         if registration is None:
             raise OSError(errno.EIO, "what was written to the journal cannot be read")
@@ -203,12 +204,15 @@ class Shared:
         """Hold the folder's lock with all of the journal read, and nothing left to do from before."""
         with self.folder.locked(seconds):
             self._replica.catch_up()
-            while self._unsaid:
-                self._say(self._unsaid[0])
-                del self._unsaid[0]
-            self._remove_unneeded()
+            self._say_unsaid()
             yield
             self._compact()
+
+    def _say_unsaid(self) -> None:
+        while self._unsaid:
+            self._say(self._unsaid[0])
+            del self._unsaid[0]
+        self._remove_unneeded()
 
     def _say(self, change: Change) -> None:
         """Write a change, read it as everybody does, and remove content that nobody needs any more."""
@@ -256,14 +260,16 @@ class Shared:
     # -------------------------------------------------------------- who is still there
 
     def _sweep(self) -> None:
-        """Withdraw what dead processes registered; never waits, never raises."""
+        """Withdraw what dead processes registered, and what we could not yet; never waits, never raises."""
         self._sweep_at = time.monotonic() + GHOST_SECONDS
-        if self._replica.owners() <= {self._owner} or self._replica.journal is None:
+        if self._replica.journal is None:
             return
         try:
             with self.folder.locked(0):
                 self._replica.catch_up()
                 self._sweep_locked()
+                with contextlib.suppress(OSError):  # it is tried again
+                    self._say_unsaid()
         except Busy:
             self._sweep_at = time.monotonic() + _BUSY_SECONDS
         except (OSError, RegistrationError) as error:
@@ -293,9 +299,7 @@ class Shared:
     def _withdraw_here(self, change: Change) -> None:
         """Withdraw in this process alone, and for the others as soon as the folder can be written."""
         self._unsaid.append(change)
-        self._unneeded |= self._digests(change)
-        with self.index.lock:
-            self._replica.apply(change)
+        self._replica.withdraw(change)
 
     @contextlib.contextmanager
     def _refusing(self, what: str, slug: str = "", suffix: str = "") -> Iterator[None]:

@@ -78,13 +78,14 @@ def owner_of(id: str) -> str:
 class Journal:
     """The open journal of a folder. `size` is where the lines end that have been read, in bytes.
 
-    `read` and `append` belong under the lock of the index that follows; any thread may look at `size`.
+    `seen` is where the file ended then: behind `size`, if the last line has no end. `read` and `append`
+    belong under the lock of the index that follows; any thread may look at the numbers.
     """
 
     def __init__(self, folder: SharedFolder) -> None:
         self._descriptor = Descriptor(folder.open("journal", os.O_RDWR | os.O_APPEND))
         self.fd = self._descriptor.fd
-        self.size = 0
+        self.size = self.seen = 0
         if os.pread(self.fd, len(_HEADER) + 1, 0) != _HEADER + b"\n":
             raise folder.refusal("holds no journal that this version of selfhost can read; name another one")
 
@@ -96,6 +97,7 @@ class Journal:
             for line in data[:end].split(b"\n")[:-1]:
                 yield parse(line)
             if len(data) < MAX_LINE_BYTES:
+                self.seen = self.size + len(data)
                 self.size += end
                 return
             self.size += end or len(data)  # a line longer than any of ours is skipped piece by piece

@@ -33,7 +33,7 @@ class Replica:
         self.store = ContentStore(folder)
         self.index = ArtifactIndex(threading.RLock(), {})
         self.journal: Optional[Journal] = Journal(folder)  # None once closed
-        self._registrations: dict[str, dict[str, Registration]] = {}  # by owner and id
+        self._registrations: dict[str, dict[str, Registration]] = {}  # in the journal, by owner and id
         self._uses: dict[str, int] = {}  # blake3 hex -> files of these registrations
         self._is_reported = False
 
@@ -44,7 +44,7 @@ class Replica:
             return
         try:
             found = os.fstat(journal.fd)
-            if found.st_size != journal.size or found.st_nlink != 1:
+            if found.st_size != journal.seen or found.st_nlink != 1:
                 self.catch_up()
         except (OSError, RegistrationError) as error:
             self.report(error)
@@ -101,8 +101,14 @@ class Replica:
             for registration in self.touched(change):
                 self._remove(registration)
 
+    def withdraw(self, change: Change) -> None:
+        """Serve no longer what a removal will take out, whatever else the journal says before."""
+        with self.index.lock:
+            for registration in self.touched(change):
+                self.index.remove(registration)
+
     def touched(self, change: Change) -> list[Registration]:
-        """Return the open registrations that a removal takes out."""
+        """Return the registrations that a removal takes out of the journal."""
         with self.index.lock:
             if isinstance(change, Gone):
                 return list(self._registrations.get(change.owner, {}).values())
@@ -110,7 +116,7 @@ class Replica:
             return [registration for registration in map(self.find, ids) if registration is not None]
 
     def find(self, id: str) -> Optional[Registration]:
-        """Return an open registration."""
+        """Return a registration that is in the journal."""
         return self._registrations.get(owner_of(id), {}).get(id)
 
     def owners(self) -> set[str]:

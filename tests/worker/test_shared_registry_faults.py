@@ -20,7 +20,7 @@ from helpers import open_descriptors
 from selfhost.errors import RegistrationError
 from selfhost.worker import shared as shared_module
 from selfhost.worker.content import pin_bytes
-from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.registry import MetadataArtifactRegistry, Registration
 from selfhost.worker.shared_journal import MAX_LINE_BYTES, render
 
 PLAIN = "/v1/metadata/m/_base/f"
@@ -129,6 +129,26 @@ def test_torn_line_is_ended_by_the_next_writer(
             assert read(one, "/v1/metadata/n/_base/f") == TWO
 
     assert read(one) == read(shared()) == ONE
+
+
+def test_torn_line_is_looked_at_once(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until somebody ends it, or goes on with it, look-ups cost what they always do."""
+    one, other = shared(), shared()
+    one.register("m", "_base", "f", pin_bytes(ONE))
+    removal = line("gone", one._shared._owner)
+    append(folder, removal[:-9])
+    other._shared._sweep_at = float("inf")  # who looks for the dead reads it, too
+    reads = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args) or real(*args))
+    for _ in range(3):
+        other.lookup(PLAIN)
+    assert len(reads) == 1
+    append(folder, removal[-9:])
+
+    assert other.lookup(PLAIN) is None
 
 
 GARBAGE = [
@@ -240,6 +260,50 @@ def test_lock_that_is_never_released(shared: Callable[[], MetadataArtifactRegist
     assert read(shared()) is None
     assert names(folder) == [pin_bytes(TWO).hex]
     registry.close()
+
+
+def withdraw_in_vain(registration: Registration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close a registration while the disk is full."""
+    monkeypatch.setattr(os, "write", failing(os.write, 1, errno.ENOSPC))
+    registration.close()
+    monkeypatch.undo()
+
+
+def test_withdrawal_that_could_not_be_written_is_said_later(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Look-ups are enough; until then the others serve it whole, and its own process does not."""
+    registry, other = shared(), shared()
+    small, large = registry.register("m", "_base", "f", pin_bytes(ONE)), pin_bytes(bytes(100_000))
+    more = registry.register("n", "_base", "f", large)
+    withdraw_in_vain(small, monkeypatch)
+    withdraw_in_vain(more, monkeypatch)
+    monkeypatch.setattr(os, "write", failing(os.write, 2, errno.ENOSPC))  # the second again
+    registry._shared._sweep_at = 0.0
+    assert registry.is_empty()
+    monkeypatch.undo()
+    assert shared().keys() == other.keys() == [("n", "_base")]
+    assert read(other, "/v1/metadata/n/_base/f") == bytes(100_000)
+    registry._shared._sweep_at = 0.0
+    assert registry.is_empty()
+
+    assert other.is_empty()
+    assert names(folder) == []
+
+
+def test_withdrawn_does_not_come_back_with_a_compaction(
+    shared: Callable[[], MetadataArtifactRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new journal may still have what this process could not say."""
+    registry, other = shared(), shared()
+    registration = registry.register("m", "_base", "f", pin_bytes(ONE))
+    withdraw_in_vain(registration, monkeypatch)
+    compact(other)
+    assert (read(other), read(registry)) == (ONE, None)
+    assert not registry.holds(registration)
+    registry.register("n", "_base", "f", pin_bytes(TWO))
+
+    assert other.keys() == registry.keys() == [("n", "_base")]
 
 
 def test_interrupted_thread_gives_the_lock_back(
@@ -356,6 +420,22 @@ def test_dead_are_withdrawn_although_the_disk_is_full(
 
     assert read(registry) is None
     assert (names(folder), names(folder, "owners")) == ([], [])
+
+
+def test_leftovers_of_the_dead_go_where_one_process_has_registrations(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str
+) -> None:
+    """A process killed in its first copy has nothing registered; nobody has to start for its files to go."""
+    registry = shared()
+    registry.register("m", "_base", "f", pin_bytes(ONE))
+    dead = "1-0123456789abcdef"
+    for name in (f"content/.{dead}.0", f"content/{HEX}", f"owners/{dead}"):
+        Path(folder, name).touch()
+    registry._shared._sweep_at = 0.0
+    assert read(registry) == ONE
+
+    assert names(folder) == [pin_bytes(ONE).hex]
+    assert names(folder, "owners") == [registry._shared._owner]
 
 
 def test_leftovers_go_when_a_process_starts(
