@@ -64,7 +64,7 @@ def nothing_left() -> Iterator[None]:
     threads, descriptors = threading.active_count(), open_descriptors()
     yield
     gc.collect()
-    poll_until(lambda: open_descriptors() <= descriptors and threading.active_count() <= threads, 2.0)
+    poll_until(lambda: open_descriptors() <= descriptors and threading.active_count() <= threads)
     assert threading.active_count() <= threads, threading.enumerate()
     assert open_descriptors() <= descriptors
 

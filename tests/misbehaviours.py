@@ -112,7 +112,8 @@ def endless_body_chunked(x: Exchange) -> None:
 def endless_rest(x: Exchange) -> None:
     """Send the right bytes, and then never stop."""
     x.start(length=len(x.body))
-    x.send(x.body)
+    x.send(x.body[:-1])
+    x.send(x.body[-1:] + ZEROS[:1000])  # at once: who has the body has some of the rest
     while True:
         x.send(ZEROS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -184,8 +185,11 @@ def test_disk_errors_in_the_thread_are_logged_once_and_retried(
 ) -> None:
     """The host hears of them in its log alone; when the disk is back, so is the record."""
     publication = store.publish(Bucket.MODELS, KEY, "{}")
-    os.rename(folder, folder.with_name("away"))
-    folder.write_text("a file where the directory was")
+    for number in range(100):
+        os.rename(folder, folder.with_name(f"away-{number}"))
+        with contextlib.suppress(IsADirectoryError):  # the thread has just made it anew
+            folder.write_text("a file where the directory was")
+            break
 
     for _ in range(5):
         store._tick()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from typing import Any, Callable
 
 import pytest
@@ -177,6 +176,7 @@ def test_stop_from_outside_ends_it_quietly() -> None:
 def test_interrupt_while_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control-C that comes while the caller waits for its threads stops them and waits for them once more."""
     stop = threading.Event()
+    helping = threading.Event()
     joins = []
     ended = []
     join = threading.Thread.join
@@ -189,9 +189,10 @@ def test_interrupt_while_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch)
 
     def work(job: Job) -> None:
         if threading.current_thread() is not caller:
+            helping.set()
             ended.append(stop.wait(TIMEOUT))
         else:
-            time.sleep(0.05)  # so that the other job is a helper's
+            assert helping.wait(TIMEOUT)  # so that the other job is a helper's
 
     caller = threading.current_thread()
     monkeypatch.setattr(threading.Thread, "join", interrupted_join)

@@ -6,7 +6,9 @@ of the interop tests.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -71,9 +73,11 @@ def process(*command: object, **options: object) -> Iterator[subprocess.Popen[by
 
 
 def free_port() -> int:
-    """Return a port on loopback that nobody listens at just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port on loopback that nobody listens at, of those that the system gives nobody by itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_listening(port: int) -> bool:
@@ -85,7 +89,7 @@ def is_listening(port: int) -> bool:
 @contextmanager
 def configured(name: str, folder: Path, text: str, *options: str) -> Iterator[str]:
     """Run a server that is told by a file where to listen."""
-    port = free_port()  # may be taken until the server does so; the system gives others first
+    port = free_port()
     conf = folder.parent / f"{name}.conf"
     conf.write_text(text.replace("PORT", str(port)).replace("FOLDER", str(folder)))
     with process(ORIGINS[name].path, *options, conf) as server:

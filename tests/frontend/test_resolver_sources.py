@@ -35,6 +35,7 @@ from selfhost.errors import (
     VerificationError,
     shown_url,
 )
+from selfhost.frontend import strangers
 from selfhost.frontend.cache import BlobCache
 from selfhost.frontend.resolver import MetadataResolver
 
@@ -502,9 +503,14 @@ def test_branch_is_taken_from_here_if_it_is_right_here(
 
 
 def test_file_that_a_stranger_is_writing_is_waited_for(
-    resolver: MetadataResolver, serve: Serve, origins: OriginSimulator, cache: BlobCache
+    resolver: MetadataResolver,
+    serve: Serve,
+    origins: OriginSimulator,
+    cache: BlobCache,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A frontend that takes no locks, and is at it already, is not raced: nothing is asked for."""
+    monkeypatch.setattr(strangers, "QUIET_SECONDS", 10.0)  # our stranger may be held up
     card = serve(A, {"config.json": b"{}"})
     blobs = Path(cache.root) / "blobs"
     blobs.mkdir(exist_ok=True)

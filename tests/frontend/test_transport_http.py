@@ -29,8 +29,8 @@ BODY = bytes(range(256)) * 40
 CAP = 1 << 20
 ETAG = '"v1"'
 QUICK = FetchLimits(connect_seconds=0.3, read_seconds=0.3, total_seconds=20.0)
-IN_TIME = 2.0  # seconds that a fetch with the quick limits has on a busy machine; a hanging one takes ten
-A_WHILE = 5.0
+IN_TIME = 5.0  # seconds that a fetch with the quick limits has on a busy machine; a hanging one takes ten
+A_WHILE = 9.0
 
 Serve = Callable[..., wire.WireServer]
 
@@ -519,15 +519,15 @@ def test_dripping_body(transport: HttpTransport, serve: Serve, framing: str) -> 
 
 def test_slow_but_steady_body_is_fine(serve: Serve) -> None:
     """A body that takes several windows, each with enough bytes in it, arrives."""
-    piece = BODY[:512]
+    piece = BODY[:1024]
 
     def play(sock: socket.socket, closing: threading.Event) -> None:
         sock.sendall(wire.head(f"Content-Length: {20 * len(piece)}"))
         for _ in range(20):
             sock.sendall(piece)
-            closing.wait(0.02)
+            closing.wait(0.1)
 
-    limits = FetchLimits(read_seconds=0.15, min_bytes_per_second=1024)
+    limits = FetchLimits(read_seconds=0.7, min_bytes_per_second=1024)
     with HttpTransport(limits=limits) as patient:
         assert fetch(patient, serve(play).url) == 20 * piece
 
@@ -838,9 +838,9 @@ def test_no_answer(transport: HttpTransport, serve: Serve, answer: Any) -> None:
 
 def test_nobody_listens(transport: HttpTransport) -> None:
     """A refused connection names the address, and is worth another try."""
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        url = f"http://127.0.0.1:{gone.getsockname()[1]}/f"
-    error = fails(transport, url)
+    with socket.socket() as deaf:  # bound, so that nobody else gets the port
+        deaf.bind(("127.0.0.1", 0))
+        error = fails(transport, f"http://127.0.0.1:{deaf.getsockname()[1]}/f")
 
     assert error.is_transient
     assert "127.0.0.1: Connection refused" in str(error)
@@ -933,15 +933,15 @@ def test_silent_addresses_share_the_time(resolver: Resolver, silent: Silent) -> 
     """However many addresses of a host are silent, they cost `connect_seconds` together, which is said."""
     addresses, port = silent(4)
     resolver(*addresses)
-    started = time.monotonic()
-    with HttpTransport(limits=FetchLimits(connect_seconds=0.8)) as transport:
-        error = fails(transport, f"http://worker:{port}/f")
+    with HttpTransport(limits=FetchLimits(connect_seconds=1.6)) as transport:
+        error = fails(transport, f"http://worker:{port}/f")  # one after the other, each its own time: 6.4
 
-    assert 0.7 < time.monotonic() - started < 2.8  # one after the other, each its own time: 3.2
+    shares = re.findall(r"(127\.0\.0\.\d+): no answer in ([0-9.e-]+) s", str(error))
     assert isinstance(error, FetchTimeout)
+    assert [address for address, _ in shares] == addresses
+    assert shares[0][1] == "0.4"  # what one takes too long, on a busy machine, the next ones have less
+    assert sum(float(seconds) for _, seconds in shares) < 1.65
     assert error.phase == "connect"
-    assert 0.4 < error.seconds < 0.9  # what a busy machine takes between them is nobody's time
-    assert all(re.search(rf"{address}: no answer in 0\.[0-3]\d* s", str(error)) for address in addresses)
     assert f"within {error.seconds:g} s" in str(error)
 
 
@@ -1300,7 +1300,7 @@ def test_forked_child_makes_its_own_connection(transport: HttpTransport, serve: 
     assert server.connections == 2
 
 
-def test_memory_of_a_fetch(transport: HttpTransport, serve: Serve) -> None:
+def test_memory_of_a_fetch(serve: Serve) -> None:
     """Eight threads that fetch much more take a megabyte each, whatever the file's size, and keep less."""
     import tracemalloc
 
@@ -1316,6 +1316,7 @@ def test_memory_of_a_fetch(transport: HttpTransport, serve: Serve) -> None:
 
     body = bytes(24 << 20)
     server = serve(wire.ok(body))
+    transport = HttpTransport()  # sixteen threads take turns: with little patience some would give up
     tracemalloc.start()
     threads = [
         threading.Thread(
@@ -1329,6 +1330,7 @@ def test_memory_of_a_fetch(transport: HttpTransport, serve: Serve) -> None:
         thread.join()
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    transport.close()
 
     assert peak < 10 << 20
     assert kept < 5 << 20

@@ -33,8 +33,10 @@ def signal_that_ends_no_call(when: Callable[[], Any]) -> Iterator[None]:
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     sent_at: list[float] = []
+    entered = threading.Event()
 
     def interrupt() -> None:
+        entered.wait(TIMEOUT)  # else it might end the whole test run
         poll_until(when)
         time.sleep(0.05)  # by now the system call is under way
         sent_at.append(time.monotonic())
@@ -44,7 +46,8 @@ def signal_that_ends_no_call(when: Callable[[], Any]) -> Iterator[None]:
     sender.start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - not a moment earlier
+            entered.set()
             yield
         assert time.monotonic() - sent_at[0] < TIMEOUT
     finally:

@@ -155,7 +155,7 @@ def serve_bytes(registry: MetadataArtifactRegistry, tmp_path: Path) -> Callable[
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python code in a process of its own, which sees this very package."""
 
-    def run(code: str, *args: str, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    def run(code: str, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(Path(selfhost.__file__).parents[1])}
         return subprocess.run(
             [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],

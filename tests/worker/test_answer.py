@@ -176,10 +176,10 @@ def test_no_range_of_an_empty_file(field: str) -> None:
 
 def test_huge_range_sets_are_cheap() -> None:
     """A set of 300,000 ranges is one pass, not one per pair."""  # catalogue 39
-    start = time.perf_counter()
+    start = time.thread_time()  # not of who else uses the machine
 
     assert parse_range("bytes=" + "0-," * 300_000, len(DATA)) is None
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_slices_agree_with_an_independent_reading() -> None:

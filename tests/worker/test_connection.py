@@ -162,7 +162,7 @@ def test_refused_client_that_stays_is_let_go(start_server: Any, connect: Any, wa
     client = connect(server).get("/", method="PUT")
     assert client.answer().status == 405
 
-    assert wait_until(lambda: server.open_connections == 0, 2.0)
+    assert wait_until(lambda: server.open_connections == 0)
 
 
 @pytest.mark.parametrize("close", [(), ("Connection: close",)], ids=["kept", "closed"])

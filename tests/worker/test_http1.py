@@ -227,11 +227,11 @@ def test_length_zero_is_no_body() -> None:
 )
 def test_hostile_heads_are_refused_at_once(line: bytes) -> None:
     """No head makes the parser go back and forth: the event loop serves others meanwhile."""
-    start = time.perf_counter()
+    start = time.thread_time()  # not of who else uses the machine
     with pytest.raises(BadRequest):
         parse_head(get(line))
 
-    assert time.perf_counter() - start < 0.3
+    assert time.thread_time() - start < 0.3
 
 
 # ------------------------------------------------------------------ another parser's word

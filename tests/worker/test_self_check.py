@@ -47,7 +47,7 @@ def test_deadline_counts_for_the_whole_fetch(dripping: str) -> None:
     with pytest.raises(OSError, match="time"):
         fetch(dripping, 101, 0.4)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5  # the whole takes ten
 
 
 def test_reads_no_more_than_asked(serve_bytes: Any, server: Any) -> None:

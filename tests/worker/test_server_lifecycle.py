@@ -137,7 +137,7 @@ def test_stop_cuts_a_transfer_at_the_deadline(
     started = time.monotonic()
     server.close(timeout=0.2)
 
-    assert 0.15 < time.monotonic() - started < 1.0
+    assert 0.15 < time.monotonic() - started < 5.0  # a client that stalls has 20
     assert len(client.rest()) < len(HUGE) - 1000
 
 
@@ -150,7 +150,7 @@ def test_stop_does_not_wait_for_silent_clients(
     started = time.monotonic()
     server.close(timeout=8.0)
 
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 4.0
     assert [client.rest() for client in clients] == [b""] * 10
 
 

@@ -64,7 +64,7 @@ def test_exit_with_the_server_running(ending: str, code: int, said: str, run_hos
     assert done.returncode == code
     assert done.stdout == ""
     assert said in done.stderr if said else done.stderr == ""
-    assert time.monotonic() - started < 4.0  # the start of the interpreter included
+    assert time.monotonic() - started < 15.0  # one or two interpreters included; a client may idle for 30
 
 
 def test_client_that_leaves_sends_no_sigpipe(run_host: Any) -> None:
@@ -101,7 +101,7 @@ started = time.monotonic()
     done = run_host(PRELUDE + code)
 
     assert done.stderr == ""
-    assert 0.9 < float(done.stdout) < 2.0
+    assert 0.9 < float(done.stdout) < 4.0  # without a limit of its own, a close takes 5
 
 
 def test_start_when_the_interpreter_ends(run_host: Any) -> None:
