@@ -54,6 +54,18 @@ def test_app_alone(make_site: Callable[[], Path]) -> None:
         assert 2300 < len(longest) < 2400
 
 
+def test_conf_opens_nothing_in_the_home_directory(make_site: Callable[[], Path]) -> None:
+    """gunicorn 25 and later have a control socket there otherwise; older ones pass over the line."""
+    folder = make_site()
+
+    def command(fd: int) -> list[str]:
+        return [sys.executable, "-m", "gunicorn", "-b", f"fd://{fd}", *CONF, "wsgi:app"]
+
+    with served(folder, command) as server:
+        assert is_config(server.get(TARGET), folder)
+        assert not (folder / ".gunicorn").exists()  # HOME is the folder
+
+
 def test_app_beside_another(make_site: Callable[[], Path]) -> None:
     """Each has its part of the paths; a LoRA that a request loads is served."""
     folder = make_site()

@@ -1,9 +1,11 @@
-"""How gunicorn and its workers end: after so many requests, within a download, and without their master."""
+"""How gunicorn and its workers end: after so many requests, within a download, without master or model."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
@@ -78,3 +80,37 @@ def test_workers_without_master_withdraw_the_record(make_site: Callable[[], Path
 
         assert poll_until(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in workers))
         assert [list(site.store.records(bucket)) for bucket in Bucket] == [[], []]
+
+
+def test_worker_that_cannot_register_serves_what_others_did(make_site: Callable[[], Path]) -> None:
+    """It tries again until it can; gunicorn goes on."""
+    folder = make_site()
+    conf = folder / "gunicorn.conf.py"
+    sooner = conf.read_text().replace("Timer(10,", "Timer(0.2,")
+    assert sooner != conf.read_text()
+    conf.write_text(sooner)
+    with running_site(folder, workers=2) as site:
+        targets = site.targets(site.cards()[0]).values()
+        first, other = site.server.workers
+        (folder / "my-model").rename(folder / "away")
+        os.kill(first, signal.SIGKILL)
+        assert poll_until(lambda: "trying again" in site.server.log.read_text(), PATIENCE_SECONDS)
+
+        os.kill(other, signal.SIGSTOP)  # so that the new one answers
+        assert [site.server.get(target).status for target in targets] == [200] * len(targets)
+        os.kill(other, signal.SIGCONT)
+
+        (folder / "away").rename(folder / "my-model")
+        assert other in site.wait_for_workers(2, without=frozenset({first}))
+
+
+def test_first_worker_that_cannot_register_ends_gunicorn(make_site: Callable[[], Path]) -> None:
+    """With the reason: there is nobody whose registrations it could serve."""
+    folder = make_site()
+    (folder / "my-model").rename(folder / "away")
+
+    with (
+        pytest.raises(AssertionError, match=r"(?s)ModelDirError.*Worker failed to boot"),
+        running_site(folder),
+    ):
+        pass
