@@ -30,8 +30,8 @@ CHECKSUM_WIDTH = len("blake3:") + 64  # characters
 SERVE_EXAMPLES = """\
 examples:
   selfhost serve ./my-model --name my/model
-  selfhost serve ./my-model --host 0.0.0.0                       for frontends on other machines
-  selfhost serve ./my-model --advertise https://gw.example/gpu7  behind NAT or a proxy
+  selfhost serve ./my-model --host 0.0.0.0    for frontends on other machines
+  selfhost serve ./my-model --host 0.0.0.0 --advertise https://gw.example/gpu7    behind NAT or a proxy
   selfhost serve ./my-model --discovery file:/srv/kv --lora my-adapter
   selfhost serve ./my-model --host 0.0.0.0 --tls-cert me.pem --tls-key me.key --token-file secret
 
@@ -295,24 +295,33 @@ def _print_table(models: Sequence[LocalModel]) -> None:
 def _print_next(settings: Settings, models: Sequence[LocalModel]) -> None:
     for model in models:
         print(f"Fetch it: selfhost fetch {shlex.quote(str(model.card_url))}")
-    needed = _needed(settings)
+    # What a proxy in front asks for and shows nobody here knows.
+    is_secure = settings.tls_cert is not None and str(models[0].card_url).startswith("https:")
+    needed = _needed(settings, is_secure=is_secure)
     if needed:
         print(f"Whoever fetches needs {' and '.join(needed)}")
     names = ", ".join(repr(model.card.display_name) for model in models)
     if settings.discovery_backend == "file":
-        store = shlex.quote(os.path.abspath(settings.file_kv))
-        frontend = f"DYN_FILE_KV={store} python -m dynamo.frontend --discovery-backend file"
-        what = f"A Dynamo frontend lists it: {frontend}"
-        print(f"Serving {names} until Ctrl-C. {what}", flush=True)
+        print(f"Serving {names} until Ctrl-C. {_about_dynamo(settings, is_secure=is_secure)}", flush=True)
     else:
         what = "published to nobody; for frontends, add --discovery file:DIR"
         print(f"Serving {names} until Ctrl-C, {what}", flush=True)
 
 
-def _needed(settings: Settings) -> list[str]:
+def _about_dynamo(settings: Settings, *, is_secure: bool) -> str:
+    """Return how Dynamo's own frontend comes to the model, or why it cannot."""
+    if settings.token is not None or settings.token_file is not None or settings.tls_client_ca is not None:
+        return "Dynamo's own frontend cannot fetch it: it sends neither a token nor a client certificate"
+    trust = "SSL_CERT_FILE=CA.pem " if is_secure else ""  # which stands for that of the certificate
+    store = shlex.quote(os.path.abspath(settings.file_kv))
+    frontend = f"{trust}DYN_FILE_KV={store} python -m dynamo.frontend --discovery-backend file"
+    return f"A Dynamo frontend lists it: {frontend}"
+
+
+def _needed(settings: Settings, *, is_secure: bool) -> list[str]:
     """Return what clients must have, and which option or variable of theirs names it."""
     needed = []
-    if settings.tls_cert is not None:
+    if is_secure:
         needed.append("to trust the certificate's CA (--ca or DYN_MDC_TLS_CA, if the system does not)")
     if settings.tls_client_ca is not None:
         needed.append("a client certificate (--cert or DYN_MDC_TLS_CERT)")
