@@ -167,7 +167,8 @@ def _usable(token: bytes, variable: str, what: str) -> bytes:
 
 def _not_one(*, found: str) -> SettingsError:
     accepted = "either a bearer token (DYN_SYSTEM_TOKEN) or a file that holds it (DYN_SYSTEM_TOKEN_FILE)"
-    message = f"metadata is guarded by {accepted}, but {found} is given"
+    remedy = {"both": "both are set: unset one", "neither": "neither is set"}[found]
+    message = f"metadata is guarded by {accepted}, and {remedy}"
     return SettingsError(message, variable="DYN_SYSTEM_TOKEN", value=None, accepted=accepted)
 
 

@@ -143,6 +143,9 @@ class DistributedRuntime:
         settings = self.settings
         self._access = Access.of(settings.token, settings.token_file)
         self.tls = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        if self.tls is not None and settings.advertise_url and self.base_url().startswith("http:"):
+            what = "the status server speaks TLS, and cards will say %s: right only behind a proxy (%s)"
+            logger.warning(what, self.base_url(), "DYN_SYSTEM_ADVERTISE_URL, --advertise")
         return SystemStatusServer(
             self.metadata_artifacts,
             settings.system_host,
@@ -337,7 +340,9 @@ def _open_discovery(settings: Settings) -> Discovery:
 
 def _publishers(shared_dir: str) -> str:
     """Return the folder by which the processes of a worker agree who of them publishes."""
-    return os.path.join(shared_dir, "publish")
+    from .shared_folder import PUBLISH  # it needs fcntl, which not every system has
+
+    return os.path.join(shared_dir, PUBLISH)
 
 
 # ------------------------------------------------------------------ the interpreter's exit

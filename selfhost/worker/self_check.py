@@ -42,7 +42,8 @@ def can_fetch(
         found = "other bytes than those registered" if status == 200 else f"status {status}"
     logger.warning(
         "this worker cannot fetch its own %s (%s); if frontends cannot either, set DYN_SYSTEM_ADVERTISE_URL "
-        "to a base URL that they can reach", url, found,
+        "to a base URL that they can reach, and DYN_SYSTEM_HOST to an address at which that arrives",
+        url, found,
     )  # fmt: skip
     return False
 

@@ -237,7 +237,7 @@ def _listen(host: str, port: int) -> socket.socket:
         failure = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
     raise StatusServerError(
         f"the status server cannot listen on {address}: {failure.strerror or failure}; "
-        "choose another address with DYN_SYSTEM_HOST and DYN_SYSTEM_PORT (0 takes any free port)",
+        "choose another with --host or DYN_SYSTEM_HOST, --port or DYN_SYSTEM_PORT (0 takes any free port)",
         address=address,
     ) from failure
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
+import trustme
 
 from selfhost import CheckedFile, Checksum, ModelDeploymentCard, cli
 from selfhost.cli.serve import serve_settings
@@ -315,9 +316,46 @@ def test_serve_with_token(start: Start, model_dir: Path, tmp_path: Path) -> None
     assert fetch(url, 100, TIMEOUT)[0] == 401
     assert fetch(url, 1 << 20, TIMEOUT, token="rosebud-0123456789")[0] == 200
     assert "Whoever fetches needs the bearer token (--token-file or DYN_MDC_TOKENS_FILE)" in lines
+    assert lines[-1].endswith(
+        "Dynamo's own frontend cannot fetch it: it sends neither a token nor a client certificate"
+    )
     code, errors = serve.end(signal.SIGTERM)
     assert (code, errors) == (0, "")
     assert "rosebud" not in "".join(lines)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Return the file with a certificate and its key."""
+    cert = trustme.CA().issue_cert("127.0.0.1")
+    cert.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "me.pem"))
+    return tmp_path / "me.pem"
+
+
+def test_serve_with_tls(start: Start, model_dir: Path, store: Path, certificate: Path) -> None:
+    """It says whom clients need to trust, and how Dynamo's frontend is told; certificates it cannot show."""
+    serve = ("serve", model_dir, "--port", 0, "--tls-cert", certificate)
+    *_, needed, last = start(*serve).lines_until("Serving ")
+    *_, both_needed, barred = start(*serve, "--tls-client-ca", certificate).lines_until("Serving ")
+
+    assert needed.startswith("Whoever fetches needs to trust the certificate's CA")
+    assert f"lists it: SSL_CERT_FILE=CA.pem DYN_FILE_KV={store} python -m dynamo.frontend" in last
+    assert "and a client certificate" in both_needed
+    assert "Dynamo's own frontend cannot fetch it" in barred
+
+
+def test_serve_with_tls_that_is_not_published(start: Start, model_dir: Path, certificate: Path) -> None:
+    """A base URL without TLS for a server that speaks it is warned of, and needs nobody's trust."""
+    flags = ("--tls-cert", certificate, "--advertise", "http://127.0.0.1:9")
+    serve = start("serve", model_dir, "--port", 0, *flags)
+    lines = serve.lines_until("Serving ")
+    code, errors = serve.end(signal.SIGTERM)
+
+    assert code == 0
+    (warning,) = [line for line in errors.splitlines() if "speaks TLS, and cards will say" in line]
+    assert "say http://127.0.0.1:9: " in warning
+    assert "DYN_SYSTEM_ADVERTISE_URL, --advertise" in warning
+    assert not [line for line in lines if line.startswith("Whoever fetches") or "SSL_CERT_FILE" in line]
 
 
 def test_serve_refuses_half_a_configuration(run: Any, model_dir: Path, store: Path, tmp_path: Path) -> None:
@@ -345,6 +383,7 @@ def test_serve_with_port_taken(run: Any, model_dir: Path, store: Path) -> None:
 
     assert result.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert "--port or DYN_SYSTEM_PORT" in result.stderr
     assert records(store) == []
 
 

@@ -162,7 +162,7 @@ def test_usable_token_is_taken(token: str) -> None:
 def test_either_token_or_file(token_file: Path) -> None:
     """Both or neither is an error; where settings name neither, there is no access to make."""
     for given in ((None, None), (TOKEN, token_file)):
-        with pytest.raises(SettingsError, match=r"either a bearer token .* given"):
+        with pytest.raises(SettingsError, match=r"either a bearer token .* set"):
             Access(*given)
 
     assert Access.of(None, None) is None
