@@ -5,10 +5,11 @@ event loop over the same content (see process_mirror.py for how it learns of it,
 inherits: nothing). Registrations are in force when `register` returns.
 
 A supervisor, one thread of the host that sleeps while nothing happens, launches the process, tells it what
-there is to tell, passes its log on, and launches another one when it has ended. The host keeps the listening
-socket all the while, so the port never closes: who connects meanwhile is served by the next process. One that
-fails again and again is launched more and more slowly. Where the host tells its endpoints' states another
-thread asks it once a second: it may take its time, or never come back.
+there is to tell, passes its log on, asks every few seconds whether its loop still turns, and launches another
+one when it has ended or hangs. The host keeps the listening socket all the while, so the port never closes:
+who connects meanwhile is served by the next process. One that fails again and again is launched more and more
+slowly. Where the host tells its endpoints' states another thread asks it once a second: it may take its time,
+or never come back.
 
 The process ends with its host, however that ends, and keeps the rights that the host has when it launches it.
 It is the host's child: a host that waits for any child at all may be told of it, which does no harm here.
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # until it serves; a twentieth of a second unless the machine is overloaded
 HUNG_SECONDS = 20.0  # without an answer, and a process is replaced
+TURN_SECONDS = 5.0  # from the answer that the loop turns to the next question
 END_SECONDS = 2.0  # more than a graceful end was given
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0  # before another launch, doubled each time
 PROVEN_SECONDS = 10.0  # who has served for so long is replaced at once
@@ -75,7 +77,9 @@ class ServerProcess:
         self._is_told = False  # this child knows everything
         self._is_serving = False  # this child has said so
         self._is_stopping = False  # this child has been told to end
-        self._answer_by = float("inf")
+        self._answer_by = float("inf")  # to what it was told
+        self._ask_at = float("inf")  # whether the loop turns
+        self._turn_by = float("inf")  # and answers that
         self._stop_at = float("inf")
         self._closing = threading.Event()
         self._has_served = False
@@ -196,12 +200,13 @@ class ServerProcess:
             how = child.end(at_once=is_hung)
             self._mirror.end()  # not before: one that hangs could go on, and answer what it knows
             self._child = None
-            self._report(child.pid, how)
+            self._report(child.pid, f"it did not answer; {how}" if is_hung else how)
 
     def _introduce(self, child: Child) -> None:
         """Send what a process needs before anything else."""
         self._is_told = self._is_serving = self._is_stopping = False
         self._answer_by = time.monotonic() + START_SECONDS
+        self._ask_at = self._turn_by = float("inf")
         options = {
             **self._options(),
             "shared": self._registry.shared,
@@ -219,7 +224,9 @@ class ServerProcess:
             self._tell_end(child)
         else:
             self._tell(child)
-        ready = child.wait(self._wake_receiver, self._deadline() - time.monotonic())
+        self._ask_whether_it_turns(child)
+        until = min(self._deadline(), self._ask_at)
+        ready = child.wait(self._wake_receiver, until - time.monotonic())
         if self._wake_receiver.fileno() in ready:
             self._wake_receiver.recv(4096)
         for message in child.messages(ready):
@@ -227,7 +234,7 @@ class ServerProcess:
         return time.monotonic() >= self._deadline()
 
     def _deadline(self) -> float:
-        return min(self._answer_by, self._stop_at + END_SECONDS)
+        return min(self._answer_by, self._turn_by, self._stop_at + END_SECONDS)
 
     def _tell(self, child: Child) -> None:
         """Send what it does not know yet, as far as it takes it; let it serve when it knows everything."""
@@ -243,6 +250,12 @@ class ServerProcess:
             self._is_told = True
             child.channel.send(Message({"serve": True}))
 
+    def _ask_whether_it_turns(self, child: Child) -> None:
+        now = time.monotonic()
+        if now >= self._ask_at:
+            self._ask_at, self._turn_by = float("inf"), now + HUNG_SECONDS
+            child.channel.send(Message({"turn": True}))
+
     def _tell_end(self, child: Child) -> None:
         if not self._is_stopping:
             self._is_stopping = True
@@ -257,6 +270,9 @@ class ServerProcess:
         elif "serving" in head:
             self._has_served = self._is_serving = True
             self._started.set()
+            self._ask_at = time.monotonic() + TURN_SECONDS
+        elif "turned" in head:
+            self._ask_at, self._turn_by = time.monotonic() + TURN_SECONDS, float("inf")
         elif "number" in head:
             self._mirror.acknowledge(head["number"], ServerCounters.from_dict(head["counters"]))
         if self._is_serving:

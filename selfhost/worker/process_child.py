@@ -5,7 +5,8 @@ own that the host fills over the control socket. It ends when told to, when that
 host's process has ended, even if others still hold the socket's other end. It takes no signals: who stops a
 whole service by signals means the host, which still has its cards to withdraw.
 
-One thread serves, the other one listens to the host and is the only one to use the control socket.
+One thread serves, the other one listens to the host and is the only one to use the control socket. The host
+asks now and then whether the first still turns: a file on a storage that hangs could hold it up.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class ServingProcess:
         self._registry = MetadataArtifactRegistry()
         self._contents: dict[str, Content] = {}
         self._registrations: dict[str, Registration] = {}
-        self._loop: Optional[EventLoop] = None
+        self._loop: Optional[AskedLoop] = None
+        self._has_turned = False  # and the host is still to be told
         self._is_done = False
 
     def run(self) -> None:
@@ -99,6 +101,9 @@ class ServingProcess:
                 self._channel.send(Message({"number": number, "counters": self._counters().as_dict()}))
             for record in self._log.taken():
                 self._channel.send(Message(record))
+            if self._has_turned:
+                self._has_turned = False
+                self._channel.send(Message({"turned": True}))
             self._channel.flush()
 
     def close(self) -> None:
@@ -134,6 +139,8 @@ class ServingProcess:
         elif "serve" in head and self._loop is not None:
             self._loop.start()
             self._channel.send(Message({"serving": True}))
+        elif "turn" in head and self._loop is not None:
+            self._loop.ask()
         elif "stop" in head:
             threading.Thread(target=self._stop, args=(head["stop"],)).start()
         return int(head.get("number", 0))
@@ -157,7 +164,12 @@ class ServingProcess:
             index=options["index"],
         )
         tls = None if options["tls"] is None else TlsFiles(**options["tls"])
-        self._loop = EventLoop(site, self._listener, ServerLimits(**options["limits"]), tls)
+        self._loop = AskedLoop(site, self._listener, ServerLimits(**options["limits"]), tls)
+        self._loop.on_turn = self._turned
+
+    def _turned(self) -> None:
+        self._has_turned = True
+        self._log.wake()
 
     def _stop(self, timeout: float) -> None:
         """End the server on a thread of its own: this one has the host to watch."""
@@ -168,6 +180,24 @@ class ServingProcess:
 
     def _counters(self) -> ServerCounters:
         return ServerCounters() if self._loop is None else self._loop.counters
+
+
+class AskedLoop(EventLoop):
+    """An event loop that can be asked whether it turns: `on_turn` is called, on its thread, as the answer."""
+
+    on_turn: Callable[[], None]
+
+    def ask(self) -> None:
+        """Have it answer with its next turn."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._wake_sender.send(b"x")
+
+    def _woken(self, now: float) -> None:
+        if self.is_closing:
+            super()._woken(now)
+        else:
+            self._wake_receiver.recv(1)  # this one: with another, it is closing by now
+            self.on_turn()
 
 
 class HostStates:

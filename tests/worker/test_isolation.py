@@ -715,7 +715,11 @@ def test_process_that_hangs_is_replaced(
 
 
 def test_process_that_hangs_unnoticed_is_replaced(
-    start_server: Any, get: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+    start_server: Any,
+    get: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: Any,
 ) -> None:
     """It is asked from time to time, also where there is nothing to tell it."""
     monkeypatch.setattr(process, "TURN_SECONDS", 0.1)
@@ -726,6 +730,7 @@ def test_process_that_hangs_unnoticed_is_replaced(
 
     assert wait_until(lambda: is_gone(pid))
     assert get(server, "/live").status == 200
+    assert f"{pid} has ended (it did not answer; signal 9); another takes its place" in caplog.text
 
 
 def test_loop_that_hangs_is_replaced(
