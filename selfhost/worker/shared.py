@@ -73,7 +73,9 @@ class Shared:
         install_fork_hooks()
         with self._refusing("share a registry"), self.folder.locked():
             self.folder.claim()
-            if not self.folder.has("journal"):
+            if (
+                not self.folder.has("journal") or not self.folder.stat("journal").st_size
+            ):  # a disk that lost it
                 write_journal(self.folder, [])
             self._replica = Replica(self.folder)
             self._replica.catch_up()

@@ -4,6 +4,7 @@
     content/<hex>    each content once (shared_content.py)
     owners/<token>   one file per process that registers, locked as long as that lives (shared_owners.py)
     lock             held by whoever changes any of these
+    publish/         who of them publishes their models (discovery/shared.py)
 
 Everything is reached through one descriptor of the folder: whatever becomes of its path, a process goes on
 with the folder that it checked. On a local file system only: a network disk has other ideas of locks and of
@@ -29,7 +30,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02  # seconds between two tries: flock 
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-_OURS = frozenset({"content", "journal", "journal.new", "lock", "owners"})
+PUBLISH = "publish"
+_OURS = frozenset({"content", "journal", "journal.new", "lock", "owners", PUBLISH})
 
 
 class Busy(Exception):

@@ -10,7 +10,8 @@ Readers take no lock. Bytes once written never change, so whatever stands before
 line torn by a writer that was killed, or by a full disk, is ended by the next writer, and stays unreadable.
 A journal of mostly old news is replaced by a new file; readers see that theirs has no name any more.
 
-Nothing is synced to disk: after a crash of the machine every owner is gone, and with it what it registered.
+Lines are not synced: after a crash of the machine every owner is gone, and with it what it registered.
+A new file is, before it has its name: an empty one would keep everybody out.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def write_journal(folder: SharedFolder, lines: Iterable[bytes]) -> None:
         with open(fd, "wb") as file:
             file.write(_HEADER + b"\n")
             file.writelines(lines)
+            file.flush()
+            os.fsync(fd)
         os.replace("journal.new", "journal", src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
     except BaseException:
         folder.remove("journal.new")

@@ -17,10 +17,12 @@ from typing import Any, Callable
 import pytest
 from helpers import open_descriptors
 
+from selfhost.discovery import shared_instance_id
 from selfhost.errors import RegistrationError
 from selfhost.worker import shared as shared_module
 from selfhost.worker.content import pin_bytes
 from selfhost.worker.registry import MetadataArtifactRegistry, Registration
+from selfhost.worker.shared_folder import PUBLISH
 from selfhost.worker.shared_journal import MAX_LINE_BYTES, render
 
 PLAIN = "/v1/metadata/m/_base/f"
@@ -789,6 +791,39 @@ def test_folder_that_a_killed_process_began(folder: str) -> None:
         registry.register("m", "_base", "f", pin_bytes(ONE))
         assert read(registry) == ONE
     assert sorted(os.listdir(folder)) == ["content", "journal", "lock", "owners"]
+
+
+def test_journal_that_was_lost_is_made_anew(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str
+) -> None:
+    """After a crash of the machine, or of whoever removes old files, a start is all that is needed."""
+    for lose in (lambda path: os.truncate(path, 0), os.unlink):
+        registry = shared()
+        shared_instance_id(f"{folder}/{PUBLISH}")  # as a runtime puts there
+        registry.close()
+        lose(f"{folder}/journal")
+
+        assert shared().register("m", "_base", "f", pin_bytes(ONE)).targets == {"f": PLAIN}
+
+
+def test_new_journal_is_on_the_disk_before_it_has_its_name(
+    shared: Callable[[], MetadataArtifactRegistry], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is renamed before it is written would be empty after a power cut."""
+    registry = shared()
+    synced: list[int] = []
+    sync, replace = os.fsync, os.replace
+
+    def check(source: str, *args: Any, **options: Any) -> None:
+        found = os.stat(f"{folder}/{source}")
+        assert synced == [found.st_size] != [0]
+        replace(source, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or sync(fd))
+    monkeypatch.setattr(os, "replace", check)
+    compact(registry)
+
+    assert len(synced) == 1
 
 
 def test_registry_follows_its_folder_not_its_path(
