@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional
 from urllib.parse import quote, unquote
 
 import misbehaviours
+import pytest
 
 from selfhost.card.checked_file import CheckedFile
 from selfhost.card.checksum import Checksum
@@ -24,6 +25,18 @@ from selfhost.card.model_card import ModelDeploymentCard
 from selfhost.card.slots import ModelSlot
 
 TIMEOUT = 10.0  # seconds; for what takes milliseconds unless it is broken
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no ::1")
 
 # ------------------------------------------------------------------ what is left over
 

@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 import wire
-from helpers import MemorySink
+from helpers import MemorySink, needs_ipv6
 
 import selfhost
 from selfhost.errors import FetchError, FetchTimeout, HTTPStatusError, PeerNotAllowed, SizeLimitExceeded
@@ -1055,6 +1055,7 @@ def test_unknown_host(transport: HttpTransport, monkeypatch: pytest.MonkeyPatch)
 
 
 # catalogue 112
+@needs_ipv6
 def test_ipv6(transport: HttpTransport, serve: Serve) -> None:
     """IPv6 hosts are connected to without, and named with their brackets."""
     server = serve(wire.ok(BODY), host="::1")

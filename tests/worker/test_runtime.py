@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+from helpers import needs_ipv6
 
 from selfhost.discovery import Bucket, MemoryDiscovery
 from selfhost.errors import DiscoveryError, RegistrationError, SettingsError, StatusServerError
@@ -172,7 +173,7 @@ def test_base_url_without_a_server(start_runtime: Any) -> None:
     assert start_runtime(system_port=None, advertise_url="http://h").base_url() == "http://h"
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+@pytest.mark.parametrize("host", ["0.0.0.0", pytest.param("::", marks=needs_ipv6)])
 def test_wildcard_is_never_published(host: str, start_runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server on every address tells the address of an interface, not of loopback."""  # catalogue 45
     monkeypatch.setattr(advertise, "local_interfaces", lambda: [LOOPBACK, ETHERNET])
@@ -190,7 +191,8 @@ def test_wildcard_without_any_interface(start_runtime: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("host", "written"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("localhost", None)]
+    ("host", "written"),
+    [("127.0.0.1", "127.0.0.1"), pytest.param("::1", "[::1]", marks=needs_ipv6), ("localhost", None)],
 )
 def test_bound_address_is_published(host: str, written: str, start_runtime: Any, fetch: Any) -> None:
     """An address that was bound is published as it is, an IPv6 one in brackets, a name as its address."""
