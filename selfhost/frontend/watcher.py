@@ -156,7 +156,7 @@ class ModelWatcher:
                     return ready
                 left = deadline - time.monotonic()
                 if left <= 0 or self._stop.is_set():
-                    why = "; ".join(f"{status.state.value} {status.reason}".strip() for status in found)
+                    why = "; ".join(": ".join(filter(None, (one.state.value, one.reason))) for one in found)
                     raise TimeoutError(
                         f"{name!r} is not ready after {seconds:g} s: {why or 'nobody publishes it'}"
                     )

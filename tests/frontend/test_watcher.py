@@ -320,7 +320,7 @@ def test_wait_ready_says_what_is_the_matter(
     publish(CARD)
     statuses.wait_for(ModelState.FAILED)
 
-    with pytest.raises(TimeoutError, match=r"failed no source has config\.json"):
+    with pytest.raises(TimeoutError, match=r"failed: no source has config\.json"):
         watcher.wait_ready("m", 0.05)
     with pytest.raises(TimeoutError, match="nobody publishes it"):
         watcher.wait_ready("unheard/of", 0.01)
