@@ -22,12 +22,13 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Callable, Optional
 
-from ..discovery.base import Discovery, RecordKey, new_instance_id
+from ..discovery.base import Discovery, RecordKey
 from ..errors import DiscoveryError, RegistrationError, SettingsError
 from ..settings import Settings
 from .access import Access
 from .advertise import AdvertisedAddress, advertised_address
 from .endpoint import Endpoint, InstanceRecord
+from .publishing import choose_instance_id, open_discovery
 from .registry import MetadataArtifactRegistry
 from .tls import TlsFiles
 
@@ -58,7 +59,7 @@ class DistributedRuntime:
         if registry is None:
             registry = MetadataArtifactRegistry(shared=self.settings.shared_dir)
         self.metadata_artifacts = registry
-        self.instance_id = self._new_instance_id() if instance_id is None else instance_id
+        self.instance_id = choose_instance_id(self.settings) if instance_id is None else instance_id
         self._owns_discovery = discovery is None
         self._discovery = discovery
         self._server: Optional[SystemStatusServer] = None
@@ -158,14 +159,6 @@ class DistributedRuntime:
             index=settings.metadata_index,
         )
 
-    def _new_instance_id(self) -> int:
-        """Return an id of our own, or that of all processes that share our registry: one worker has one."""
-        if self.settings.shared_dir is None:
-            return new_instance_id()
-        from ..discovery.shared import shared_instance_id
-
-        return shared_instance_id(_publishers(self.settings.shared_dir))
-
     def _refuse_closed(self) -> None:
         if self._is_closed:
             raise RegistrationError("the runtime is closed: call its start() before attaching models to it")
@@ -205,7 +198,7 @@ class DistributedRuntime:
         with self._opening:
             if self._discovery is None:
                 self._refuse_closed()
-                self._discovery = _open_discovery(self.settings)
+                self._discovery = open_discovery(self.settings)
                 _close_at_exit(self)  # after the discovery's own hook
             return self._discovery
 
@@ -325,24 +318,6 @@ class DistributedRuntime:
 
     def __repr__(self) -> str:
         return f"<DistributedRuntime {self.instance_id:x} models={len(self._models)} server={self._server!r}>"
-
-
-def _open_discovery(settings: Settings) -> Discovery:
-    from ..discovery import open_discovery  # loads the backends: only where none was passed in
-
-    discovery = open_discovery(settings.discovery_backend, settings.file_kv)
-    if settings.shared_dir is None or settings.discovery_backend == "mem":  # each process has its own memory
-        return discovery
-    from ..discovery.shared import SharedDiscovery
-
-    return SharedDiscovery(discovery, _publishers(settings.shared_dir))
-
-
-def _publishers(shared_dir: str) -> str:
-    """Return the folder by which the processes of a worker agree who of them publishes."""
-    from .shared_folder import PUBLISH  # it needs fcntl, which not every system has
-
-    return os.path.join(shared_dir, PUBLISH)
 
 
 # ------------------------------------------------------------------ the interpreter's exit

@@ -73,9 +73,7 @@ class Shared:
         install_fork_hooks()
         with self._refusing("share a registry"), self.folder.locked():
             self.folder.claim()
-            if (
-                not self.folder.has("journal") or not self.folder.stat("journal").st_size
-            ):  # a disk that lost it
+            if not self.folder.size("journal"):  # there is none, or a disk lost what was in it
                 write_journal(self.folder, [])
             self._replica = Replica(self.folder)
             self._replica.catch_up()

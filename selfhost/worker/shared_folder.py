@@ -93,6 +93,10 @@ class SharedFolder:
             return False
         return True
 
+    def size(self, name: str) -> int:
+        """Return the size of a file below the folder in bytes; 0 where there is none."""
+        return self.stat(name).st_size if self.has(name) else 0
+
     def names(self, part: str) -> list[str]:
         """Return the names of what is in a part of the folder."""
         descriptor = Descriptor(os.open(part, _FOLDER_FLAGS, dir_fd=self.fd))

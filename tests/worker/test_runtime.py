@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
+import os
 import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -524,3 +527,13 @@ def test_models_that_come_and_go_leave_no_exit_hooks(runtime: Any, model_dir: An
         model.attach(runtime.endpoint("a.b.c")).detach()
 
     assert atexit._ncallbacks() == before
+
+
+def test_folder_of_a_runtime_that_had_a_registry_of_its_own(tmp_path: Path) -> None:
+    """What its processes agreed in `shared_dir` keeps no registry out of it."""
+    folder = str(tmp_path / "shared")
+    settings = Settings(shared_dir=folder)
+    with contextlib.closing(DistributedRuntime(settings, registry=MetadataArtifactRegistry())) as first:
+        assert os.listdir(folder) != []
+    with contextlib.closing(DistributedRuntime(settings)) as second:
+        assert (second.metadata_artifacts.shared, second.instance_id) == (folder, first.instance_id)
