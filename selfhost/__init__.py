@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .frontend.watcher import ModelWatcher as ModelWatcher
     from .settings import Settings as Settings
     from .worker.app import MetadataApp as MetadataApp
+    from .worker.entry_point import register_model as register_model
     from .worker.local_model import LocalModel as LocalModel
-    from .worker.local_model import register_model as register_model
     from .worker.registry import MetadataArtifactRegistry as MetadataArtifactRegistry
     from .worker.runtime import DistributedRuntime as DistributedRuntime
     from .worker.server import SystemStatusServer as SystemStatusServer
@@ -59,7 +59,7 @@ _HOMES = {
     "default_transports": "frontend.transports",
     "fetch_card": "frontend.card_source",
     "load_card": "card.model_dir",
-    "register_model": "worker.local_model",
+    "register_model": "worker.entry_point",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -17,7 +17,7 @@ from .errors import SelfHostError
 from .frontend.cache import BlobCache
 from .frontend.resolver import MetadataResolver
 from .settings import Settings
-from .worker.local_model import register_model
+from .worker.entry_point import register_model
 from .worker.runtime import DistributedRuntime
 
 NAME = "selfhost/demo"

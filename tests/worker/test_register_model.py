@@ -12,7 +12,8 @@ import pytest
 from selfhost.card.model_type import ModelInput, ModelType, WorkerType
 from selfhost.errors import CardError, ModelDirError, SettingsError
 from selfhost.settings import Settings
-from selfhost.worker.local_model import LocalModel, register_model
+from selfhost.worker.entry_point import register_model
+from selfhost.worker.local_model import LocalModel
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 CHAT = ModelType.Chat | ModelType.Completions
