@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Callable, Generic, Optional, TypeVar
 
+from .._threads import start_thread
 from . import waits
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Crew(Generic[Job]):
         thread = threading.Thread(target=self._help, name="selfhost-fetch", daemon=True)
         self._threads.append(thread)  # first, so that an interrupt does not make us forget one that runs
         try:
-            thread.start()
+            start_thread(thread)
         except RuntimeError as error:  # the system gives no more threads: those that there are will do
             self._threads.remove(thread)
             logger.warning("fetching with %d threads only: %s", len(self._threads) + 1, error)

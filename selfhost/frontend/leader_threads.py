@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Callable, Generic, Optional, TypeVar
 
+from .._threads import log_safely, start_thread
+
 logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
@@ -56,7 +58,7 @@ class LeaderThreads(Generic[Job]):
             return
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         try:
-            thread.start()
+            start_thread(thread)
         except RuntimeError as error:  # the system gives no more threads, or the interpreter exits
             if not self._count:
                 raise
@@ -76,8 +78,8 @@ class LeaderThreads(Generic[Job]):
                 self._start_leader()
             try:
                 self._work(job)
-            except BaseException:  # a defect must not take the thread, or the place that it counts for
-                logger.exception("a job in the thread %r failed", self._name)
+            except BaseException:  # noqa: BLE001 - a defect takes neither the thread nor its place
+                log_safely(logger, logging.ERROR, "a job in the thread %r failed", self._name, exc_info=True)
             with self._lock:
                 if self._has_leader:
                     self._count -= 1

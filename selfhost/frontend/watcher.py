@@ -11,6 +11,7 @@ same is noticed within a minute, and fetched again.
 Threads: one reads the discovery, and as many as are needed resolve, 16 at most. A model that was not tried
 yet goes before those that failed; it waits only while 16 others are being resolved at the same time. They are
 daemon threads that `close`, or the interpreter's exit, ends: what they fetch is given up at its next piece.
+The host's signals do not reach them; nor would they reach a process that `on_change` launches.
 Every method may be called from any thread. A forked child has none of the threads and is not to use the
 object: start a watcher after the fork.
 """
@@ -27,6 +28,7 @@ import time
 from collections import Counter
 from typing import Callable, Optional, Union
 
+from .._threads import log_safely, start_thread
 from ..card.model_card import ModelDeploymentCard
 from ..discovery.base import Bucket, Discovery, Event, RecordKey
 from ..errors import CardError, DiscoveryError, SelfHostError
@@ -97,7 +99,7 @@ class ModelWatcher:
         atexit.register(self._close_at_exit)  # until closed, this keeps the watcher alive
         try:
             self._resolving.start()
-            self._watching.start()
+            start_thread(self._watching)
         except RuntimeError as error:
             self.close()
             message = f"cannot watch for models: {error}; the process is at its limit (ulimit -u)"
@@ -192,11 +194,12 @@ class ModelWatcher:
                 self._follow()
                 defects = 0
             except DiscoveryError as error:
-                logger.warning("cannot follow the discovery, trying again: %s", error)
-            except Exception:  # models that are here are served on, and the discovery may recover
+                log_safely(logger, logging.WARNING, "cannot follow the discovery, trying again: %s", error)
+            except Exception:  # noqa: BLE001 - models that are here are served on, the discovery may recover
                 defects += 1
                 seconds = self._retry_seconds(defects)
-                logger.exception("following the discovery failed unexpectedly, next try in %.1f s", seconds)
+                what = "following the discovery failed unexpectedly, next try in %.1f s"
+                log_safely(logger, logging.ERROR, what, seconds, exc_info=True)
             self._stop.wait(seconds)
 
     def _follow(self) -> None:

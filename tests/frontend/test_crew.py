@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from typing import Any, Callable
 
@@ -63,6 +64,24 @@ def test_up_to_size_threads_work_at_once() -> None:
     assert len(threads) == 4
     assert threading.current_thread() in threads
     assert all(thread.daemon for thread in threads - {threading.current_thread()})
+
+
+def test_threads_take_no_signals() -> None:
+    """But the calling one, which is somebody else's."""
+    met = threading.Barrier(2, timeout=TIMEOUT)
+    blocked: dict[bool, set[int]] = {}
+
+    def work(job: Job) -> None:
+        is_caller = threading.current_thread() is caller
+        blocked[is_caller] = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        met.wait()
+
+    caller = threading.current_thread()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    crew_of(work, size=2).run(range(2))
+
+    assert blocked[True] == before
+    assert {signal.SIGINT, signal.SIGTERM} <= blocked[False]
 
 
 def test_size_one_works_alone() -> None:

@@ -91,14 +91,24 @@ def test_thread_that_is_free_first_goes_on(jobs: Jobs) -> None:
     assert poll_until(lambda: late in jobs.begun)
 
 
-def test_job_that_fails_costs_no_thread(caplog: pytest.LogCaptureFixture) -> None:
-    """A defect in a job is logged; its thread, and the place that it counts for, are there for the next."""
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_job_that_fails_costs_no_thread(
+    is_broken: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect in a job is logged; its thread, and the place that it counts for, are there for the next.
+
+    So they are where a handler of the host's raises as well.
+    """
     jobs = Jobs(1)
 
     def work(job: Any) -> None:
         jobs.begun.append(job)
         raise SystemExit("a defect")
 
+    if is_broken:
+        handler = logging.Handler()
+        monkeypatch.setattr(handler, "emit", lambda record: 1 / 0)
+        monkeypatch.setattr(logging.getLogger("selfhost"), "handlers", [handler])
     jobs.threads._work = work
     jobs.threads.start()
     with caplog.at_level(logging.ERROR):
@@ -108,7 +118,7 @@ def test_job_that_fails_costs_no_thread(caplog: pytest.LogCaptureFixture) -> Non
         jobs.threads.join(TIMEOUT)
 
     assert len(jobs.begun) == 2
-    assert caplog.text.count("a job in the thread 'test-leader' failed") == 2
+    assert caplog.text.count("a job in the thread 'test-leader' failed") == (0 if is_broken else 2)
 
 
 def test_goes_on_where_no_thread_can_be_started(

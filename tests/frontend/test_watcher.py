@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -324,6 +325,30 @@ def test_wait_ready_says_what_is_the_matter(
         watcher.wait_ready("m", 0.05)
     with pytest.raises(TimeoutError, match="nobody publishes it"):
         watcher.wait_ready("unheard/of", 0.01)
+
+
+def test_threads_take_no_signals(
+    monkeypatch: pytest.MonkeyPatch, discovery: MemoryDiscovery, publish: Any
+) -> None:
+    """Neither the one that follows the discovery nor those that resolve: the host may wait for them."""
+    blocked: dict[str, set[int]] = {}
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any, **options: Any) -> Any:
+            blocked[threading.current_thread().name] = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            return method(*arguments, **options)
+
+        return note
+
+    resolver = FakeResolver()
+    monkeypatch.setattr(resolver, "resolve", noting(resolver.resolve))
+    monkeypatch.setattr(discovery, "watch", noting(discovery.watch))
+    with ModelWatcher(discovery, resolver) as watcher:  # type: ignore[arg-type]
+        publish(CARD)
+        watcher.wait_ready("m", SECONDS)
+
+    assert set(blocked) == {"selfhost-watcher", "selfhost-watcher-resolve"}
+    assert all({signal.SIGINT, signal.SIGTERM} <= signals for signals in blocked.values())
 
 
 def test_discovery_that_fails_for_a_while(
