@@ -55,8 +55,9 @@ class LocalModel:
 
     `card` says what is published: with URLs while attached and self-hosted, with local paths otherwise.
     `contents` holds what was pinned by local path: while attached, the very objects that the registry shares
-    among all models of the process. `detach` lets them go; attaching again then reads the files anew, and is
-    refused if they are no longer what the card says. A forked child may attach what its parent loaded.
+    among all models of the process. `detach` lets them go; attaching again then reads the files anew, as it
+    does for content that a shared registry has deleted, and is refused if they are no longer what the card
+    says. A forked child may attach what its parent loaded.
     """
 
     def __init__(
@@ -122,24 +123,17 @@ class LocalModel:
         self._forget_parent()
         runtime.ensure_started()
         self_host = runtime.settings.self_host_metadata if self_host_metadata is None else self_host_metadata
-        key = endpoint.key(self._suffix if self._local_card.lora else None)
         with self._lock:
             if self._attached is not None:
                 raise RegistrationError(
                     f"{self.card.display_name!r} is attached already", slug=self.card.slug
                 )
-            with ExitStack() as undo:
-                undo.callback(self._back_to_local)
-                runtime.add_model(key, self)  # before publishing: a `close` from now on waits for our lock
-                undo.callback(runtime.remove_model, key)
-                if self_host:
-                    self._serve(runtime, runtime.base_url(advertise_url), undo)
-                else:
-                    self.card = without_local_extras(self._local_card)
-                runtime.acquire_instance(endpoint)
-                undo.callback(runtime.release_instance, endpoint)
-                undo.callback(self._publish(runtime, key).withdraw)
-                self._attached = undo.pop_all()
+            pinned = self.contents
+            try:
+                self._attached = self._attach(endpoint, self_host=self_host, advertise_url=advertise_url)
+            except BaseException:
+                self.contents = pinned  # a shared registry deletes its own when what was done is undone
+                raise
         logger.info("attached %r to %s", self.card.display_name, endpoint)
         return self
 
@@ -177,6 +171,23 @@ class LocalModel:
     def card_url(self) -> Optional[str]:
         """Where this worker serves the card itself, as it is published; None if it does not self-host it."""
         return self._card_url
+
+    def _attach(self, endpoint: Endpoint, *, self_host: bool, advertise_url: Optional[str]) -> ExitStack:
+        """Do all that `attach` does, and return what undoes it."""
+        runtime = endpoint.runtime
+        key = endpoint.key(self._suffix if self._local_card.lora else None)
+        with ExitStack() as undo:
+            undo.callback(self._back_to_local)
+            runtime.add_model(key, self)  # before publishing: a `close` from now on waits for our lock
+            undo.callback(runtime.remove_model, key)
+            if self_host:
+                self._serve(runtime, runtime.base_url(advertise_url), undo)
+            else:
+                self.card = without_local_extras(self._local_card)
+            runtime.acquire_instance(endpoint)
+            undo.callback(runtime.release_instance, endpoint)
+            undo.callback(self._publish(runtime, key).withdraw)
+            return undo.pop_all()
 
     def _serve(self, runtime: DistributedRuntime, base_url: str, undo: ExitStack) -> None:
         registration = self.move_to_self_host(runtime.metadata_artifacts, base_url)
@@ -242,14 +253,15 @@ class LocalModel:
         artifacts = {artifact.filename: artifact for artifact in registration.artifacts}
         urls = {path: base_url + artifacts[name].target for path, name in names.items()}
         # What the registry shares, not what we pinned: a process holds equal content once.
-        self.contents.update((path, artifacts[name].content) for path, name in names.items())
+        shared = {path: artifacts[name].content for path, name in names.items()}
+        self.contents = {**self.contents, **shared}
         self.card = card.map_files(lambda file: file.move_to_url(urls[file.path]) if file.is_local else file)
         self._files = [_served(artifact, base_url) for artifact in registration.artifacts]
         return registration
 
     def _content_of(self, file: CheckedFile, registry: MetadataArtifactRegistry) -> Content:
         content = self.contents.get(file.path)
-        if content is None:
+        if content is None or not _is_readable(content):
             try:
                 content = registry.pin(file.path)
             except OSError as error:
@@ -266,3 +278,12 @@ class LocalModel:
 
     def __repr__(self) -> str:
         return f"<LocalModel {self.card.display_name!r} {'attached' if self.is_attached else 'detached'}>"
+
+
+def _is_readable(content: Content) -> bool:
+    """Tell whether the content is still there: in a shared registry it goes with its last registration."""
+    try:
+        content.read(0, min(content.size, 1))
+    except OSError:
+        return False
+    return True

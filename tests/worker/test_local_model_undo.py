@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +19,9 @@ from selfhost.card.checksum import Checksum
 from selfhost.card.slots import ModelSlot
 from selfhost.discovery import Bucket
 from selfhost.errors import DiscoveryError, RegistrationError, SettingsError, StatusServerError
+from selfhost.settings import Settings
 from selfhost.worker.local_model import LocalModel
+from selfhost.worker.runtime import DistributedRuntime
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -71,9 +77,6 @@ def test_no_address_to_publish(start_runtime: Any, spy: Any, model_dir: Any) -> 
 
 def test_taken_port_publishes_nothing(start_runtime: Any, server: Any, spy: Any, model_dir: Any) -> None:
     """A port clash stops the attachment before anything is published, local paths least of all."""
-    from selfhost.settings import Settings
-    from selfhost.worker.runtime import DistributedRuntime
-
     settings = Settings(self_host_metadata=True, system_host="127.0.0.1", system_port=server.port)
     runtime = DistributedRuntime(settings, discovery=spy)
     with pytest.raises(StatusServerError):
@@ -102,6 +105,51 @@ def test_slot_is_not_lost_for_its_name(runtime: Any, spy: Any, model_dir: Any, f
     slot = spy.card().tokenizer
     assert isinstance(slot, ModelSlot)
     assert Checksum.of(fetch(slot.file.path)[1]) == slot.file.checksum
+
+
+# ------------------------------------------------------------------ content that a shared registry deletes
+
+LARGE = json.dumps({"x": "y" * 100_000}).encode()  # more than is kept in memory once it was served
+
+
+@pytest.fixture
+def shared_runtime(shared: Any, spy: Any) -> Iterator[DistributedRuntime]:
+    """Return a runtime whose registry lies in a folder; it ends with the test."""
+    settings = Settings(self_host_metadata=True, advertise_url="http://h:1")
+    with contextlib.closing(DistributedRuntime(settings, registry=shared(), discovery=spy)) as runtime:
+        yield runtime
+
+
+def is_served(runtime: DistributedRuntime) -> bool:
+    """Tell whether all of a model's files are registered, and large ones can be read."""
+    found = {one.filename: one.content for one in runtime.metadata_artifacts}
+    content = found["tokenizer.json"]
+    return set(found) == DEMO_FILES and content.read(0, content.size) == LARGE
+
+
+def test_second_try_needs_no_file(shared_runtime: Any, spy: Any, model_dir: Any) -> None:
+    """What was pinned is kept until an attach has succeeded, whatever became of the directory."""
+    directory = model_dir(tokenizer__json=LARGE)
+    model = LocalModel.load(directory, name="m")
+    shutil.rmtree(directory)
+    spy.fail_on = Bucket.MODELS
+    with pytest.raises(DiscoveryError, match="told to fail"):
+        model.attach(shared_runtime.endpoint("ns.comp.ep"))
+    spy.fail_on = None
+    model.attach(shared_runtime.endpoint("ns.comp.ep"))
+
+    assert is_served(shared_runtime)
+
+
+def test_adapter_outlives_its_base_model(shared_runtime: Any, model_dir: Any) -> None:
+    """What the base model's end deleted is read anew from its directory."""
+    base = LocalModel.load(model_dir(tokenizer__json=LARGE), name="m")
+    base.attach(shared_runtime.endpoint("ns.comp.ep"))
+    adapter = base.derive_lora("adapter")
+    base.detach()
+    adapter.attach(shared_runtime.endpoint("ns.comp.ep"))
+
+    assert is_served(shared_runtime)
 
 
 # ------------------------------------------------------------------ detach
