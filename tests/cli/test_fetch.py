@@ -493,7 +493,7 @@ def test_help_loads_next_to_nothing(start: Any, command: list[str]) -> None:
         "selfhost.cli", "selfhost.cli.cache", "selfhost.cli.cache_options", "selfhost.cli.cards",
         "selfhost.cli.doctor", "selfhost.cli.fetch", "selfhost.cli.progress", "selfhost.cli.serve",
         "selfhost.cli.support",
-        "selfhost.errors", "selfhost.settings", "selfhost._lazy",
+        "selfhost.errors", "selfhost.settings", "selfhost._lazy", "selfhost._units",
     }  # fmt: skip
 
 
