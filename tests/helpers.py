@@ -145,6 +145,20 @@ class MemorySink:
 # ------------------------------------------------------------------ an origin that misbehaves
 
 
+@contextlib.contextmanager
+def full_queue() -> Iterator[str]:
+    """Yield the URL of a listener whose queue is full: no further connection is taken, or refused."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 class Request(NamedTuple):
     """What a client asked for; names of fields in lower case."""
 

@@ -15,7 +15,7 @@ from typing import Any, Callable
 import pytest
 import trustme
 import wire
-from helpers import RudeOrigin, make_card
+from helpers import RudeOrigin, full_queue, make_card
 
 from selfhost.card.checksum import Checksum
 from selfhost.errors import SettingsError
@@ -174,15 +174,8 @@ def test_unknown_name(leaves_nothing: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_silent_address(leaves_nothing: None) -> None:
     """An address that takes no connection, here a listener whose queue is full, is no silent server."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        step = failed(examine(f"http://127.0.0.1:{listener.getsockname()[1]}/card"))
+    with full_queue() as url:
+        step = failed(examine(f"{url}/card"))
 
     assert (step.name, step.problem) == ("connect", "time-out, connect")
 

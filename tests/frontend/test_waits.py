@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
-from helpers import TIMEOUT, MemorySink, RudeOrigin, poll_until
+from helpers import TIMEOUT, MemorySink, RudeOrigin, full_queue, poll_until
 
 from selfhost.discovery import MemoryDiscovery
 from selfhost.frontend import MetadataResolver, ModelWatcher, waits
@@ -83,16 +83,8 @@ def test_silent_handshake() -> None:
 
 def test_silent_address() -> None:
     """So does that for a connection, here to a listener whose queue is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        with signal_that_ends_no_call(lambda: True):
-            fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/f")
+    with full_queue() as url, signal_that_ends_no_call(lambda: True):
+        fetch(f"{url}/f")
 
 
 def test_pause() -> None:
