@@ -35,7 +35,9 @@ class ServerLimits:
     A field's variable is DYN_SYSTEM_ and its name in capitals. Raises SettingsError.
     """
 
-    max_connections: int = 512  # then one that waits or has stalled makes room, else the new one gets 503
+    # Half of the files that the process may open at most. Then one that waits or has stalled makes room, else
+    # the new one gets 503, or under TLS is hung up on: before a handshake nothing can be said.
+    max_connections: int = 512
     max_head_bytes: int = 16 * 1024  # request line and fields together; twice what browsers and proxies send
     handshake_seconds: float = 10.0  # of TLS, from the connection on
     idle_seconds: float = 30.0  # without a request

@@ -28,6 +28,9 @@ ACCEPTS_PER_TURN = 64
 SWEEP_SECONDS = 0.5  # how late a deadline may be noticed
 STALLED_SECONDS = 1.0  # without taking a byte, and a client makes room for others if there is none left
 PAUSE_SECONDS = 0.2  # before the next try when the process has no descriptor or memory left
+WARNING_SECONDS = 60.0  # between two warnings of that
+GIVEN_BACK = 8  # one of so many clients makes room each time that there is no descriptor left
+LEAST_CONNECTIONS = 16  # however few descriptors the process may have
 
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nServer: selfhost\r\nRetry-After: 1\r\n"
@@ -47,6 +50,7 @@ class EventLoop:
     ) -> None:
         self.site = site
         self.limits = limits
+        self.max_connections = _affordable(limits.max_connections)
         self.counters = ServerCounters()
         self._connect = _connector(tls)
         self._busy = _BUSY if tls is None else b""  # before a handshake nothing can be said
@@ -55,7 +59,7 @@ class EventLoop:
         self.is_closing = False
         self._listener: Optional[socket.socket] = listener
         self._accept_at: Optional[float] = None  # while accepting pauses: when to go on
-        self._is_starved = False  # of descriptors or memory, as the log knows already
+        self._warn_at = 0.0  # not before: of descriptors or memory that are missing
         self.known_heads: dict[bytes, tuple[str, bytes]] = {}  # kept by the connections
         self._access_version = 0 if site.access is None else site.access.version
         self._stop_at = float("inf")
@@ -173,7 +177,7 @@ class EventLoop:
     # -------------------------------------------------------------- accepting
 
     def _accept(self, now: float) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for number in range(ACCEPTS_PER_TURN):
             if self._listener is None:
                 return
             try:
@@ -181,12 +185,12 @@ class EventLoop:
             except (BlockingIOError, InterruptedError, ConnectionError):  # nobody there, or gone again
                 return
             except OSError as error:
-                self._pause_accepting(error, now)
+                if number == 0:  # else there may be nobody there: the system looks for a descriptor first
+                    self._cannot_accept(error, now)
                 return
-            self._is_starved = False
             self.counters.accepted += 1
             sock.setblocking(False)
-            if len(self.connections) < self.limits.max_connections or self._make_room(now):
+            if len(self.connections) < self.max_connections or self._make_room(now):
                 self._admit(sock, now)
             else:
                 self.counters.refused_busy += 1
@@ -215,11 +219,18 @@ class EventLoop:
         slowest.close()
         return True
 
-    def _pause_accepting(self, error: OSError, now: float) -> None:
-        """Look away from the listener for a moment: out of descriptors, it would be ready again at once."""
-        if not self._is_starved:  # once: it may last, and be met again five times a second
-            self._is_starved = True
+    def _give_back(self, now: float) -> bool:
+        """Let go of some clients, whose descriptors are missing elsewhere; tell whether there were any."""
+        share = -(-len(self.connections) // GIVEN_BACK)
+        return sum(self._make_room(now) for _ in range(share)) > 0
+
+    def _cannot_accept(self, error: OSError, now: float) -> None:
+        """Make room, else look away from the listener for a moment: it would be ready again at once."""
+        if now >= self._warn_at:  # it may last, and be met again at each turn
+            self._warn_at = now + WARNING_SECONDS
             log_safely(logger, logging.WARNING, "the status server cannot accept a connection: %s", error)
+        if error.errno in (errno.EMFILE, errno.ENFILE) and self._give_back(now):
+            return
         if self._listener is not None:
             self._unhandle(self._listener)
             self._accept_at = now + PAUSE_SECONDS
@@ -274,6 +285,22 @@ def _connector(tls: Optional[TlsFiles]) -> Callable[[EventLoop, socket.socket, f
     from .tls_connection import TlsPort  # imports ssl
 
     return TlsPort(tls).connect
+
+
+def _affordable(most: int) -> int:
+    """Return how many clients there may be where half of the process's descriptors stay the host's."""
+    try:
+        import resource
+    except ImportError:  # not every system has such a limit
+        return most
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    bounded = most if soft == resource.RLIM_INFINITY else min(most, max(soft // 2, LEAST_CONNECTIONS))
+    if bounded < most:
+        message = (
+            "the status server takes at most %d connections instead of %d: the process may open %d files"
+        )
+        logger.info(message, bounded, most, soft)
+    return bounded
 
 
 def _turn_away(sock: socket.socket, message: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from helpers import needs_ipv6
 
 from selfhost.settings import ServerLimits
 from selfhost.worker.access import Access
@@ -18,11 +19,12 @@ from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'
 HUGE = os.urandom(2_000_000) * 6  # more than the kernel's buffers take
+AT_ONCE = 2.5  # seconds, on a machine that is busy; who waits for a slow client waits for its time-out
 
 
 @pytest.fixture
 def serves_another(connect: Any, serve_bytes: Any) -> Callable[[SystemStatusServer], bool]:
-    """Return a function that makes five requests as a client that means well, each within a second."""
+    """Return a function that makes five requests as a client that means well, each within moments."""
     target = serve_bytes(SMALL, "other.json")
 
     def serve(server: SystemStatusServer) -> bool:
@@ -31,7 +33,7 @@ def serves_another(connect: Any, serve_bytes: Any) -> Callable[[SystemStatusServ
             client = connect(server).get(target)
             assert client.answer().body == SMALL
             client.close()
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < AT_ONCE
         return True
 
     return serve
@@ -43,13 +45,13 @@ def serves_another(connect: Any, serve_bytes: Any) -> Callable[[SystemStatusServ
 def test_half_open_connections(start_server: Any, connect: Any, serves_another: Any, wait_until: Any) -> None:
     """300 clients that say nothing take no thread, delay nobody and are let go."""  # catalogue 41
     threads = threading.active_count()
-    server = start_server(limits=ServerLimits(idle_seconds=1.2))
+    server = start_server(limits=ServerLimits(idle_seconds=3.0))
     silent = [connect(server) for _ in range(300)]
 
     assert serves_another(server)
     assert server.open_connections >= 300
     assert threading.active_count() == threads + 1
-    assert wait_until(lambda: server.open_connections == 0, 3.0)
+    assert wait_until(lambda: server.open_connections == 0)
     assert [client.rest() for client in silent] == [b""] * 300
 
 
@@ -67,7 +69,7 @@ def _drip(server: SystemStatusServer, connect: Any, text: bytes) -> Callable[[],
 
 def _ends_in_reset(step: Callable[[], object]) -> bool:
     """Repeat a step until the server has hung up; tell whether it did so in time."""
-    until = time.monotonic() + 3.0
+    until = time.monotonic() + 10.0
     try:
         while time.monotonic() < until:
             step()
@@ -99,12 +101,12 @@ def test_slow_readers(
     start_server: Any, connect: Any, serves_another: Any, serve_bytes: Any, wait_until: Any
 ) -> None:
     """60 clients that do not read their downloads delay nobody and are cut off."""  # catalogue 42
-    server, target = start_server(limits=ServerLimits(stall_seconds=0.6)), serve_bytes(HUGE)
+    server, target = start_server(limits=ServerLimits(stall_seconds=2.0)), serve_bytes(HUGE)
     readers = [connect(server, receive_buffer=65536).get(target) for _ in range(60)]
     assert wait_until(lambda: server.open_connections == 60)
 
     assert serves_another(server)
-    assert wait_until(lambda: server.open_connections == 0, 3.0)
+    assert wait_until(lambda: server.open_connections == 0)
     assert len(readers[0].rest()) < len(HUGE)
 
 
@@ -121,16 +123,16 @@ def test_reader_below_the_least_rate(
         time.sleep(0.02)
         return server.open_connections == 0
 
-    assert wait_until(sips_and_is_cut, 2.4)  # the whole would take twice as long
+    assert wait_until(sips_and_is_cut, 4.0)  # the whole would take longer
 
 
 def test_reader_above_the_least_rate(start_server: Any, connect: Any, serve_bytes: Any) -> None:
     """A slow client that keeps to the least rate gets everything, however long that takes."""
-    server = start_server(limits=ServerLimits(stall_seconds=0.3, min_bytes_per_second=1_000_000))
+    server = start_server(limits=ServerLimits(stall_seconds=1.0, min_bytes_per_second=1_000_000))
     client = connect(server, receive_buffer=65536).get(serve_bytes(HUGE), "Connection: close")
     pieces = []
     for _ in range(12):
-        time.sleep(0.07)
+        time.sleep(0.12)
         pieces.append(client.read_some(1_000_000))
 
     assert (b"".join(pieces) + client.rest()).endswith(b"\r\n\r\n" + HUGE)
@@ -138,11 +140,11 @@ def test_reader_above_the_least_rate(start_server: Any, connect: Any, serve_byte
 
 def test_slow_reader_is_not_taken_for_stalled(start_server: Any, connect: Any, serve_bytes: Any) -> None:
     """A client that takes small pieces all the time is served, however much the kernel could hold for it."""
-    client = connect(start_server(limits=ServerLimits(stall_seconds=0.4)))
+    client = connect(start_server(limits=ServerLimits(stall_seconds=1.2)))
     client.get(serve_bytes(HUGE), "Connection: close")
     pieces = []
     for _ in range(60):
-        time.sleep(0.02)
+        time.sleep(0.04)
         pieces.append(client.read_some(16_000))
 
     assert (b"".join(pieces) + client.rest()).endswith(b"\r\n\r\n" + HUGE)
@@ -150,7 +152,7 @@ def test_slow_reader_is_not_taken_for_stalled(start_server: Any, connect: Any, s
 
 def test_idle_client_is_let_go(start_server: Any, connect: Any) -> None:
     """A kept connection without a next request ends, cleanly, after its idle time."""
-    client = connect(start_server(limits=ServerLimits(idle_seconds=0.1))).get("/nothing")
+    client = connect(start_server(limits=ServerLimits(idle_seconds=0.5))).get("/nothing")
 
     assert client.answer().status == 404
     assert client.rest() == b""
@@ -158,10 +160,10 @@ def test_idle_client_is_let_go(start_server: Any, connect: Any) -> None:
 
 def test_active_client_is_kept(start_server: Any, connect: Any) -> None:
     """Each request gives a kept connection its idle time anew."""
-    client = connect(start_server(limits=ServerLimits(idle_seconds=0.4)))
-    for _ in range(5):
+    client = connect(start_server(limits=ServerLimits(idle_seconds=1.5)))
+    for _ in range(4):
         assert client.get("/nothing").answer().status == 404
-        time.sleep(0.2)
+        time.sleep(0.6)
 
     assert client.get("/nothing").answer().status == 404
 
@@ -253,9 +255,6 @@ def status():
     return answer
 
 with SystemStatusServer(MetadataArtifactRegistry()) as server:
-    clients = [socket.create_connection((server.host, server.port)) for _ in range(10)]
-    while server.open_connections < 10:
-        time.sleep(0.01)
     taken = []
     try:
         while True:
@@ -272,8 +271,7 @@ with SystemStatusServer(MetadataArtifactRegistry()) as server:
     late.settimeout(5)
     assert late.recv(100).startswith(b"HTTP/1.1 200"), "the client that waited"
     assert status() == 200
-    for sock in (*clients, late):
-        sock.close()
+    late.close()
 print("lived")
 """
 
@@ -286,6 +284,43 @@ def test_out_of_descriptors(run_script: Any) -> None:
     assert done.stdout.endswith("lived\n")
     assert "cannot accept a connection: [Errno 24]" in done.stdout
     assert done.stdout.count("cannot accept") == 1
+
+
+FEW_DESCRIPTORS = """
+import logging, os, resource, socket, subprocess, sys
+from selfhost.settings import ServerLimits
+from selfhost.worker.registry import MetadataArtifactRegistry
+from selfhost.worker.server import SystemStatusServer
+
+limit, of_host = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(of_host)]
+CLIENTS = r'''
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+address = sys.argv[1], int(sys.argv[2])
+silent = [socket.create_connection(address) for _ in range(200)]
+for _ in range(5):
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.sendall(b"GET /live HTTP/1.0\\r\\n\\r\\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+'''
+with SystemStatusServer(MetadataArtifactRegistry(), limits=ServerLimits(idle_seconds=900.0)) as server:
+    subprocess.run([sys.executable, "-c", CLIENTS, server.host, str(server.port)], check=True)
+    print("most:", server._loop.max_connections, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("limit", "of_host"), [(160, 0), (160, 100)])
+def test_silent_clients_where_descriptors_are_few(limit: int, of_host: int, run_script: Any) -> None:
+    """Silent clients keep nobody out where descriptors end before the places; half of them are the host's."""
+    done = run_script(FEW_DESCRIPTORS, str(limit), str(of_host), timeout=60)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.endswith(f"most: {limit // 2}\n")
+    assert done.stdout.count("at most 80 connections instead of 512") == 1
+    assert done.stdout.count("cannot accept a connection") == bool(of_host)
 
 
 # ------------------------------------------------------------------ the loop itself
@@ -408,6 +443,7 @@ def test_log_that_raises_about_a_token(
         assert connect(server).get(target, f"Authorization: Bearer {token}").answer().status == 200
 
 
+@needs_ipv6
 def test_ipv4_client_of_an_ipv6_wildcard(start_server: Any) -> None:
     """A server on [::] serves IPv4 clients too."""
     server = start_server("::")
