@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
+import weakref
+from collections.abc import Iterator
 
 # What a thread's own instructions raise: blocked, it would end the process without a word of faulthandler.
 _FAULTS = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+
+# By thread: what the one that started it had blocked.
+_starters: weakref.WeakKeyDictionary[threading.Thread, set[signal.Signals]] = weakref.WeakKeyDictionary()
 
 
 def start_thread(thread: threading.Thread) -> None:
@@ -23,7 +29,25 @@ def start_thread(thread: threading.Thread) -> None:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
     try:
+        _starters[thread] = before
         thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def host_signals() -> Iterator[None]:
+    """Call the host's code in such a thread: a program that it launches there can be ended by a signal.
+
+    A child process inherits the mask of the thread that made it.
+    """
+    mask = _starters.get(threading.current_thread())
+    if mask is None:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

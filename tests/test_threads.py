@@ -9,8 +9,9 @@ import sys
 import threading
 
 import pytest
+from helpers import TIMEOUT
 
-from selfhost._threads import log_safely, start_thread
+from selfhost._threads import host_signals, log_safely, start_thread
 
 # A host that blocks a signal after our thread has started, and fetches it when it suits.
 BLOCKING_HOST = """
@@ -46,6 +47,36 @@ def test_mask_of_the_starter_is_as_it_was() -> None:
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGPIPE} <= seen[0]
     assert not {signal.SIGSEGV, signal.SIGABRT} & seen[0]
+
+
+def test_programs_of_the_host_can_be_ended() -> None:
+    """What a callback launches in our thread has nothing blocked; the thread has, before and after."""
+    masks: list[set[int]] = []
+
+    def run() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        with host_signals():
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            child.terminate()
+            child.wait(TIMEOUT)
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    thread = threading.Thread(target=run)
+    start_thread(thread)
+    thread.join()
+
+    assert len(masks) == 2
+    assert signal.SIGTERM in masks[0] & masks[1]
+
+
+def test_elsewhere_nothing_changes() -> None:
+    """In a thread of the host's own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        with host_signals():
+            assert signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Broken(logging.Handler):
