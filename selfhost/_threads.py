@@ -13,7 +13,9 @@ from collections.abc import Iterator
 _FAULTS = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 
 # By thread: what the one that started it had blocked.
-_starters: weakref.WeakKeyDictionary[threading.Thread, set[signal.Signals]] = weakref.WeakKeyDictionary()
+_starters: weakref.WeakKeyDictionary[threading.Thread, set[int | signal.Signals]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def start_thread(thread: threading.Thread) -> None:

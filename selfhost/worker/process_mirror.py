@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
-from .._threads import log_safely
+from .._threads import host_signals, log_safely
 from .artifacts import Registration, Row
 from .content import Content, Descriptor, HeldFile
 from .counters import ServerCounters
@@ -82,7 +82,8 @@ class Mirror:
         """
         number = next(self._asks)
         try:
-            found = {str(name): str(state) for name, state in dict(endpoints()).items()}
+            with host_signals():
+                found = {str(name): str(state) for name, state in dict(endpoints()).items()}
             self._note_states(number, {"states": found})
         except BaseException as error:  # the host's; CancelledError and gevent's Timeout are no Exception
             self._note_states(number, {"failure": traceback.format_exc()})  # logged for who asks for /health

@@ -1,7 +1,7 @@
 """Site: everything that one server answers, as a function from a request to an answer.
 
-/v1/metadata/..., its index if that is on, /health and /live. Never raises, never waits. Sharing: any number
-of threads.
+/v1/metadata/..., its index if that is on, /health and /live. Never raises; waits for nothing but the host's
+`endpoints`. Sharing: any number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Callable, Optional
 
-from .._threads import log_safely
+from .._threads import host_signals, log_safely
 from .access import Access
 from .answer import FAILED, INDEX, NOT_FOUND, Answer, Headers, answer_registered, json_answer, split_target
 from .index import Index
@@ -26,8 +26,9 @@ class Site:
     """What is registered, and how the host is.
 
     `endpoints` is asked at each /health for the state of each endpoint: the answer is 200 if there is one
-    and all are "ready", else 503 with the reason; without it always 200, as /live is. `access` None lets
-    everybody see metadata; `index` lists it at /v1/metadata.
+    and all are "ready", else 503 with the reason; without it always 200, as /live is. It must not wait:
+    whoever else the calling thread serves waits with it. `access` None lets everybody see metadata; `index`
+    lists it at /v1/metadata.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Site:
         if self._endpoints is None:
             return {}, ""
         try:
-            endpoints = {str(name): str(state) for name, state in dict(self._endpoints()).items()}
+            with host_signals():
+                endpoints = {str(name): str(state) for name, state in dict(self._endpoints()).items()}
         except BaseException:  # noqa: BLE001 - it is the host's; CancelledError, SystemExit are no Exception
             log_safely(
                 logger, logging.ERROR, "cannot tell the state of the worker's endpoints", exc_info=True
