@@ -5,6 +5,7 @@ Sleeps without a timeout while nobody is connected, so an idle server costs its 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -100,6 +101,16 @@ class EventLoop:
             if self._thread.is_alive():
                 logger.warning("the status server's thread did not end within %.1f s", timeout)
 
+    def free_port(self) -> None:
+        """Let others listen there, should the thread not have ended: the host's callback may never come back.
+
+        The socket stays the thread's, which closes it. Not for one that another process has, too.
+        """
+        listener = self._listener
+        if listener is not None:
+            with contextlib.suppress(OSError):  # not every system can, or the thread has closed it just now
+                listener.shutdown(socket.SHUT_RDWR)
+
     def close_descriptors(self) -> None:
         """Close every socket; for the thread's own end, and for a forked child, which has no such thread."""
         for connection in list(self.connections):
@@ -185,7 +196,8 @@ class EventLoop:
             except (BlockingIOError, InterruptedError, ConnectionError):  # nobody there, or gone again
                 return
             except OSError as error:
-                if number == 0:  # else there may be nobody there: the system looks for a descriptor first
+                # A later one may mean that nobody is there: the system looks for a descriptor first.
+                if number == 0 and not self.is_closing:
                     self._cannot_accept(error, now)
                 return
             self.counters.accepted += 1

@@ -52,12 +52,14 @@ class SystemStatusServer:
     """The embedded HTTP server of one process; any number of models share it through their registry.
 
     `endpoints` is asked at each /health for the state of each endpoint, by name: the answer is 200 if there
-    is one and all are "ready", else 503; without it always 200, as /live is. Nothing is opened before
-    `start`, which raises StatusServerError if the address cannot be bound.
+    is one and all are "ready", else 503; without it always 200, as /live is. It is called on the server's
+    thread and must not wait, for a lock of an engine at work say: all clients wait with it, /live included.
+    Nothing is opened before `start`, which raises StatusServerError if the address cannot be bound.
 
     `isolation` is "thread", or "process" for a host that hogs the interpreter: a small process of its own
-    (see process.py), told of the endpoints' states once a second and at `states_changed`. `access` None lets
-    everybody see metadata; `index` lists it at /v1/metadata. Raises SettingsError for another isolation.
+    (see process.py), told of the endpoints' states once a second and at `states_changed`: there `endpoints`
+    may take its time. `access` None lets everybody see metadata; `index` lists it at /v1/metadata. Raises
+    SettingsError for another isolation.
     """
 
     def __init__(
@@ -115,6 +117,8 @@ class SystemStatusServer:
                     loop.stop(timeout)
                 finally:
                     _serving.pop(loop, None)
+                    if isinstance(loop, EventLoop):
+                        loop.free_port()
 
     def __enter__(self) -> SystemStatusServer:
         return self.start()

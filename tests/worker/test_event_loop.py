@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -441,6 +442,36 @@ def test_log_that_raises_about_a_token(
         file.write_text(text)
         now[0] += 1.0
         assert connect(server).get(target, f"Authorization: Bearer {token}").answer().status == 200
+
+
+@pytest.fixture
+def stuck(start_server: Any, connect: Any) -> Iterator[tuple[SystemStatusServer, threading.Event]]:
+    """Return a server whose thread waits for the host's callback, and the event that lets it come back."""
+    is_asked, go_on = threading.Event(), threading.Event()
+    server = start_server(endpoints=lambda: {str(is_asked.set()): str(go_on.wait(60.0))})
+    connect(server).get("/health")
+    assert is_asked.wait(10.0)
+    yield server, go_on
+    go_on.set()
+
+
+def test_stop_while_the_callback_waits(
+    stuck: tuple[SystemStatusServer, threading.Event], connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A callback that does not come back keeps neither the stop nor the port."""
+    server, go_on = stuck
+    loop, port = server._loop, server.port
+    server.close(0.1)
+    assert "did not end within 0.1 s" in caplog.text
+    caplog.clear()
+
+    with SystemStatusServer(server.registry, port=port) as another:
+        assert connect(another).get("/live").answer().status == 200
+        go_on.set()
+        loop._thread.join(10.0)  # type: ignore[union-attr]
+        assert not loop._thread.is_alive()  # type: ignore[union-attr]
+        assert connect(another).get("/live").answer().status == 200
+    assert caplog.messages == []
 
 
 @needs_ipv6
