@@ -69,7 +69,7 @@ def running(folder: Path, *command: str, **variables: str) -> Iterator[subproces
         command, cwd=folder, env=environment(folder, **variables), text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    kill = threading.Timer(SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+    kill = threading.Timer(4 * SECONDS, os.killpg, (process.pid, signal.SIGKILL))
     kill.start()
     try:
         with process:  # which waits in the end
