@@ -26,6 +26,7 @@ from .tls import TlsFiles
 logger = logging.getLogger(__name__)
 
 ACCEPTS_PER_TURN = 64
+LAST_ACCEPTS = 1024  # in the last one: more than the listener's backlog holds
 SWEEP_SECONDS = 0.5  # how late a deadline may be noticed
 STALLED_SECONDS = 1.0  # without taking a byte, and a client makes room for others if there is none left
 PAUSE_SECONDS = 0.2  # before the next try when the process has no descriptor or memory left
@@ -138,7 +139,10 @@ class EventLoop:
             self.close_descriptors()
 
     def _is_done(self) -> bool:
-        return self.is_closing and (not self.connections or time.monotonic() >= self._stop_at)
+        if not self.is_closing:
+            return False
+        is_idle = self._listener is None and not self.connections
+        return is_idle or time.monotonic() >= self._stop_at
 
     def _turn(self) -> None:
         busy = self.connections or self.is_closing or self._accept_at is not None
@@ -169,6 +173,7 @@ class EventLoop:
 
     def _woken(self, now: float) -> None:
         self._wake_receiver.recv(16)
+        self._accept(now, LAST_ACCEPTS)  # closing the listener would reset who has come already
         self._stop_accepting()
         for connection in list(self.connections):
             if not connection.is_sending:  # a request may have come already: it is still answered
@@ -187,8 +192,8 @@ class EventLoop:
 
     # -------------------------------------------------------------- accepting
 
-    def _accept(self, now: float) -> None:
-        for number in range(ACCEPTS_PER_TURN):
+    def _accept(self, now: float, most: int = ACCEPTS_PER_TURN) -> None:
+        for number in range(most):
             if self._listener is None:
                 return
             try:

@@ -474,6 +474,22 @@ def test_stop_while_the_callback_waits(
     assert caplog.messages == []
 
 
+def test_requests_that_came_before_the_stop(
+    stuck: tuple[SystemStatusServer, threading.Event], connect: Any, wait_until: Any
+) -> None:
+    """Who has connected and asked before the stop is answered, also if the loop has not accepted it yet."""
+    server, go_on = stuck
+    clients = [connect(server).get("/live") for _ in range(100)]
+    loop, closer = server._loop, threading.Thread(target=server.close, args=(30.0,))
+    closer.start()
+    assert wait_until(lambda: loop.is_closing)  # type: ignore[union-attr]
+    go_on.set()
+
+    answers = [client.answer() for client in clients]
+    assert {(answer.status, answer.fields["connection"]) for answer in answers} == {(200, "close")}
+    closer.join()
+
+
 @needs_ipv6
 def test_ipv4_client_of_an_ipv6_wildcard(start_server: Any) -> None:
     """A server on [::] serves IPv4 clients too."""
