@@ -322,7 +322,10 @@ class Connection:
         self._watch(READ)
 
     def _discard(self) -> None:
-        data = self.sock.recv(LINGER_BYTES)
+        try:
+            data = self.sock.recv(LINGER_BYTES)
+        except (BlockingIOError, InterruptedError):  # the loop's end looks at every connection
+            return
         self._linger_bytes -= len(data)
         if not data or self._linger_bytes <= 0:
             self.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -154,6 +155,24 @@ def test_endless_body_is_cut(server: SystemStatusServer, connect: Any, wait_unti
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         client.send(b"x" * 64_000_000)
     assert wait_until(lambda: server.open_connections == 0)
+
+
+def test_wake_up_without_a_cause_after_a_refusal(
+    start_server: Any, connect: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Woken while nothing has come, a connection goes on throwing away what the client sends."""
+    server = start_server(limits=ServerLimits(linger_seconds=900.0))
+    client = connect(server).send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+    assert client.answer().status == 405
+    (lingering,) = server._loop.connections
+    turns: list[object] = []
+    original = server._loop._turn
+    monkeypatch.setattr(
+        server._loop, "_turn", lambda: (turns.append(lingering.on_event(time.monotonic())), original())
+    )
+
+    assert wait_until(lambda: len(turns) > 1)
+    assert server.open_connections == 1
 
 
 def test_refused_client_that_stays_is_let_go(start_server: Any, connect: Any, wait_until: Any) -> None:
