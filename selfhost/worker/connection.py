@@ -21,7 +21,6 @@ from .content import Content, Descriptor
 from .poller import READ, WRITE
 
 if TYPE_CHECKING:
-    from ..settings import ServerLimits
     from .artifacts import Artifact
     from .event_loop import EventLoop
 
@@ -179,8 +178,9 @@ class Connection:
 
     def _await_head(self, now: float) -> None:
         limits = self._loop.limits
-        if len(self._received) > limits.max_head_bytes:
-            self._refuse(_too_large(limits), now)
+        fault = http1.fault_so_far(self._received, limits.max_head_bytes)
+        if fault is not None:
+            self._refuse(fault, now)
             return
         if self._loop.is_closing:
             self.close()
@@ -198,7 +198,7 @@ class Connection:
         """Answer one head; tell whether the answer has left whole and the connection goes on."""
         try:
             if len(head) > self._loop.limits.max_head_bytes:
-                raise _too_large(self._loop.limits)
+                raise http1.too_large(self._loop.limits.max_head_bytes)
             request = http1.parse_head(head)
         except http1.BadRequest as fault:
             return self._refuse(fault, now)
@@ -343,7 +343,3 @@ class Connection:
         if interest != self._interest:
             self._loop.watch(self, interest, known=self._interest != 0)
             self._interest = interest
-
-
-def _too_large(limits: ServerLimits) -> http1.BadRequest:
-    return http1.BadRequest(431, f"request head larger than {limits.max_head_bytes} bytes")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 MAX_FIELDS = 100
 
@@ -19,6 +19,7 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = rb"(?:[\x21-\x7e\x80-\xff][\t\x20-\x7e\x80-\xff]*)?"
 # No `#`: a fragment is not sent (RFC 9112 section 3.2), and servers differ in what they make of one.
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n")
+_METHOD = re.compile(_TOKEN)
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*(" + _VALUE + rb")\r\n")
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?@]+(?=[/?]|$)", re.IGNORECASE)  # RFC 9112 section 3.2.2
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")  # RFC 9110 section 7.2: uri-host [ ":" port ]
@@ -45,6 +46,21 @@ class Request(NamedTuple):
 
 
 _CONDITIONS = ("range", "if-match", "if-none-match")
+
+
+def fault_so_far(data: bytes, max_head_bytes: int) -> Optional[BadRequest]:
+    """Return what is wrong with the first part of a head, None if its rest may make it a good one.
+
+    What begins as no method does is refused at once: a TLS client would wait for an answer to its greeting.
+    """
+    if data and not _METHOD.match(data[:1]):
+        return BadRequest(400, "malformed request line")
+    return too_large(max_head_bytes) if len(data) > max_head_bytes else None
+
+
+def too_large(max_head_bytes: int) -> BadRequest:
+    """Return the refusal of a head that is larger."""
+    return BadRequest(431, f"request head larger than {max_head_bytes} bytes")
 
 
 def parse_head(head: bytes) -> Request:

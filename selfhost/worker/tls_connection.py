@@ -2,7 +2,7 @@
 
 The handshake is the first state of the connection, under a deadline of its own, and like all others it never
 blocks. Until it has succeeded nothing that the client sends is read as a request. Who fails it, by its
-certificate or by speaking plain HTTP, gets OpenSSL's alert and is hung up on. Large answers are encrypted
+certificate or by speaking plain HTTP, gets an alert and is hung up on. Large answers are encrypted
 piece by piece out of the pinned content: a connection holds at most one piece, and sendfile cannot be used.
 
 Changed files count for new connections; those that are open go on with what they were opened with.
@@ -36,6 +36,9 @@ CHECK_SECONDS = 1.0  # between two looks at the files, which happen only while c
 # as stalled; four records.
 PIECE_BYTES = 64 * 1024
 TURN_BYTES = 4 * PIECE_BYTES  # encryption takes a third of a millisecond for that, and others wait meanwhile
+
+_NO_TLS = ("HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER")  # what came is no record of TLS
+_ALERT = b"\x15\x03\x01\x00\x02\x02\x0a"  # fatal, unexpected_message (RFC 8446 section 6)
 
 
 class TlsPort:
@@ -91,6 +94,9 @@ class TlsSocket(ssl.SSLSocket):
         try:
             super().do_handshake(block)
         except ssl.SSLError as error:
+            if error.reason in _NO_TLS:  # then OpenSSL itself says nothing
+                with contextlib.suppress(OSError):
+                    socket.socket.send(self, _ALERT)
             raise self._plain(error) from None
 
     def recv(self, size: int = 1024, flags: int = 0) -> bytes:

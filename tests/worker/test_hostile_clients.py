@@ -13,7 +13,7 @@ import ssl
 import struct
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 
@@ -115,16 +115,24 @@ def test_slow_handshakes(
 
 
 @pytest.mark.parametrize(
-    "said", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 50_000, b"\r\n" * 99, os.urandom(3000)]
+    "said",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
+        b"OPTIONS * HTTP/1.0\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"\x00" * 50_000,
+        b"\r\n" * 99,
+        b"~" + os.urandom(3000),
+    ],
 )
 def test_what_is_no_tls(
     said: bytes, start_tls: Any, connect: Any, serves_another: Any, wait_until: Any
 ) -> None:
-    """Plain HTTP and noise get no answer but TLS's own alert."""
+    """Plain HTTP and noise get no answer but an alert of TLS, by which clients see what is wanted."""
     server = start_tls()
     client = connect(server).send(said)
-    with contextlib.suppress(ConnectionResetError):
-        assert len(client.rest()) <= 7
+    assert client.rest() == b"\x15\x03\x01\x00\x02\x02\x0a"
 
     assert wait_until(lambda: server.counters().handshake_failures == 1)
     client.close()
@@ -159,6 +167,28 @@ def test_reset_within_the_handshake(
 
     assert serves_another(server)
     assert wait_until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize(
+    "said", [None, b"\x00", b"\x80", b" ", b"\r", b"\n", b"\x15\x03\x01\x00\x02\x02\x28"]
+)
+def test_what_begins_no_request(
+    said: Optional[bytes], start_server: Any, connect: Any, client_hello: bytes
+) -> None:
+    """What comes to plain HTTP and begins as no method does is refused at once, TLS above all."""
+    server = start_server(limits=ServerLimits(head_seconds=900.0, idle_seconds=900.0))
+    client = connect(server).send(client_hello if said is None else said)
+
+    assert client.answer().status == 400
+    assert client.rest() == b""
+
+
+def test_tls_client_of_plain_http(start_server: Any, connect_tls: Any) -> None:
+    """A client that wants TLS is told by plain HTTP, in the very handshake, that there is none."""
+    server = start_server(limits=ServerLimits(head_seconds=900.0))
+
+    with pytest.raises(ssl.SSLError, match=r"WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE"):
+        connect_tls(server)
 
 
 # ------------------------------------------------------------------ after the handshake

@@ -124,6 +124,7 @@ REQUEST_LINES: Shapes = {
     "PROXY protocol 2": b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + b"a" * 12,
     "mail": b"EHLO x\r\nMAIL FROM:<a@b>\r\n",
     "an answer": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "NULs": b"\x00" * 50_000,
     "FastCGI": b"\x01\x01\x00\x01\x00\x08\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00",
 }  # fmt: skip
 
@@ -159,7 +160,6 @@ AMOUNTS: Shapes = {
     "long method": get(method=b"M" * 20_000),
     "long version": get(version=b"HTTP/1." + b"1" * 20_000),
     "line without an end": b"G" * 100_000,
-    "NULs": b"\x00" * 50_000,
     "empty folded lines": get()[:-2] + b" \r\n" * 10_000,
 }
 
