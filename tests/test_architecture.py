@@ -34,7 +34,12 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # What reads the discovery on behalf of a frontend may know it; nothing else there does.
-READERS = {"frontend/watcher.py", "frontend/model_groups.py", "frontend/model_status.py"}
+READERS = {
+    "frontend/following.py",
+    "frontend/model_groups.py",
+    "frontend/model_status.py",
+    "frontend/watcher.py",
+}
 # Everything from outside the standard library, and the one module of a side that may import it.
 FOREIGN = {
     "blake3": {"card/checksum.py"},

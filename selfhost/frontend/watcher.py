@@ -28,10 +28,10 @@ import time
 from collections import Counter
 from typing import Callable, Optional, Union
 
-from .._threads import log_safely, start_thread
 from ..card.model_card import ModelDeploymentCard
-from ..discovery.base import Bucket, Discovery, Event, RecordKey
+from ..discovery.base import Discovery, Event, RecordKey
 from ..errors import CardError, DiscoveryError, SelfHostError
+from .following import Follower
 from .leader_threads import LeaderThreads
 from .model_groups import GroupKey, ModelGroups
 from .model_status import ModelState, ModelStatus, News
@@ -72,7 +72,6 @@ class ModelWatcher:
     ) -> None:
         self._discovery = discovery
         self._resolver = resolver
-        self._poll_seconds = poll_seconds
         self._first_retry, self._last_retry = retry_seconds
         self._check_seconds = check_seconds
         self._clock = clock
@@ -84,7 +83,14 @@ class ModelWatcher:
         self._changed = threading.Condition(threading.RLock())
         self._stop = threading.Event()
         self._pid = os.getpid()
-        self._watching = threading.Thread(target=self._watch, name="selfhost-watcher", daemon=True)
+        self._following = Follower(
+            discovery,
+            apply=self._apply,
+            known=self._known_records,
+            stop=self._stop,
+            poll_seconds=poll_seconds,
+            retry_seconds=self._retry_seconds,
+        )
         self._resolving = LeaderThreads(
             self._next_task, self._resolve, most=threads, name="selfhost-watcher-resolve"
         )
@@ -99,7 +105,7 @@ class ModelWatcher:
         atexit.register(self._close_at_exit)  # until closed, this keeps the watcher alive
         try:
             self._resolving.start()
-            start_thread(self._watching)
+            self._following.start()
         except RuntimeError as error:
             self.close()
             message = f"cannot watch for models: {error}; the process is at its limit (ulimit -u)"
@@ -121,8 +127,7 @@ class ModelWatcher:
                 task.end()
             self._changed.notify_all()
         deadline = time.monotonic() + timeout
-        if self._watching.ident is not None and self._watching is not threading.current_thread():
-            self._watching.join(timeout)
+        self._following.join(timeout)
         self._resolving.join(deadline - time.monotonic())
 
     def _close_at_exit(self) -> None:
@@ -186,38 +191,9 @@ class ModelWatcher:
 
     # -------------------------------------------------------------- the discovery's thread
 
-    def _watch(self) -> None:
-        defects = 0  # in a row
-        while not self._stop.is_set():
-            seconds = self._poll_seconds
-            try:
-                self._follow()
-                defects = 0
-            except DiscoveryError as error:
-                log_safely(logger, logging.WARNING, "cannot follow the discovery, trying again: %s", error)
-            except Exception:  # noqa: BLE001 - models that are here are served on, the discovery may recover
-                defects += 1
-                seconds = self._retry_seconds(defects)
-                what = "following the discovery failed unexpectedly, next try in %.1f s"
-                log_safely(logger, logging.ERROR, what, seconds, exc_info=True)
-            self._stop.wait(seconds)
-
-    def _follow(self) -> None:
-        """Apply what the discovery tells, until it is interrupted or the watcher ends."""
-        self._forget_withdrawn()
-        for event in self._discovery.watch(Bucket.MODELS, stop=self._stop, poll_seconds=self._poll_seconds):
-            try:
-                self._apply(event)
-            except Exception:  # a defect: one record must not keep us from the others
-                logger.exception("the record %s could not be taken in", event.key)
-
-    def _forget_withdrawn(self) -> None:
-        """After an interruption: a new watch tells what is there, but not what went away meanwhile."""
+    def _known_records(self) -> set[RecordKey]:
         with self._changed:
-            known = self._groups.records() | set(self._unreadable)
-        if known:
-            for key in known - set(self._discovery.records(Bucket.MODELS)):
-                self._apply(Event("removed", Bucket.MODELS, key, ""))
+            return self._groups.records() | set(self._unreadable)
 
     def _apply(self, event: Event) -> None:
         record = event.key
