@@ -12,7 +12,7 @@ from collections.abc import Iterator
 # What a thread's own instructions raise: blocked, it would end the process without a word of faulthandler.
 _FAULTS = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 
-# By thread: what the one that started it had blocked.
+# By thread: what the host's had blocked that started it, or the one that started it.
 _starters: weakref.WeakKeyDictionary[threading.Thread, set[int | signal.Signals]] = (
     weakref.WeakKeyDictionary()
 )
@@ -31,7 +31,7 @@ def start_thread(thread: threading.Thread) -> None:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
     try:
-        _starters[thread] = before
+        _starters[thread] = _starters.get(threading.current_thread(), before)
         thread.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -69,6 +69,26 @@ def test_programs_of_the_host_can_be_ended() -> None:
     assert signal.SIGTERM in masks[0] & masks[1]
 
 
+def test_thread_of_a_thread_knows_the_host() -> None:
+    """What the host's thread had blocked counts also where one of ours starts another one."""
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        with host_signals():
+            seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    def pass_on() -> None:
+        inner = threading.Thread(target=look)
+        start_thread(inner)
+        inner.join()
+
+    outer = threading.Thread(target=pass_on)
+    start_thread(outer)
+    outer.join()
+
+    assert seen == [signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+
+
 def test_elsewhere_nothing_changes() -> None:
     """In a thread of the host's own."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
