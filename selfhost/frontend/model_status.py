@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Optional
 
+from .._threads import host_signals, log_safely
 from ..discovery.base import RecordKey
 from .plans import ResolvedModel
 
@@ -70,6 +71,7 @@ class News:
     def _tell(self, status: ModelStatus) -> None:
         if self._callback is not None:
             try:
-                self._callback(status)
-            except Exception:
-                logger.exception("on_change failed for %r", status.name)
+                with host_signals():
+                    self._callback(status)
+            except Exception:  # noqa: BLE001 - of the host's; the next status is told all the same
+                log_safely(logger, logging.ERROR, "on_change failed for %r", status.name, exc_info=True)

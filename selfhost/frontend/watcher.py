@@ -11,7 +11,7 @@ same is noticed within a minute, and fetched again.
 Threads: one reads the discovery, and as many as are needed resolve, 16 at most. A model that was not tried
 yet goes before those that failed; it waits only while 16 others are being resolved at the same time. They are
 daemon threads that `close`, or the interpreter's exit, ends: what they fetch is given up at its next piece.
-The host's signals do not reach them; nor would they reach a process that `on_change` launches.
+The host's signals do not reach them, but a process that `on_change` launches.
 Every method may be called from any thread. A forked child has none of the threads and is not to use the
 object: start a watcher after the fork.
 """

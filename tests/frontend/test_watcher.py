@@ -80,10 +80,13 @@ class Statuses(list[ModelStatus]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.notes: list[Callable[[], object]] = []  # called with each, too
         self._changed = threading.Condition()
 
     def __call__(self, status: ModelStatus) -> None:
         """Be an `on_change`."""
+        for note in self.notes:
+            note()
         with self._changed:
             self.append(status)
             self._changed.notify_all()
@@ -349,6 +352,22 @@ def test_threads_take_no_signals(
 
     assert set(blocked) == {"selfhost-watcher", "selfhost-watcher-resolve"}
     assert all({signal.SIGINT, signal.SIGTERM} <= signals for signals in blocked.values())
+
+
+def test_callback_is_called_with_the_hosts_signals(
+    watcher: ModelWatcher, publish: Any, statuses: Statuses
+) -> None:
+    """What it launches can be ended, whichever thread of ours calls it."""
+    seen: dict[str, set[int]] = {}
+    statuses.notes.append(
+        lambda: seen.setdefault(threading.current_thread().name, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    )
+    for number in range(4):
+        publish(replace(CARD, display_name=f"m{number}"), number)
+        statuses.wait_for(ModelState.READY, f"m{number}")
+
+    assert seen
+    assert not any({signal.SIGINT, signal.SIGTERM} & blocked for blocked in seen.values())
 
 
 def test_discovery_that_fails_for_a_while(
