@@ -42,8 +42,9 @@ card = ModelDeploymentCard.from_json(card)
 threading.Thread(target=resolver.resolve, args=[card], daemon=True).start()
 """
 UNTIL_FETCHING = """
+limit = time.monotonic() + 60
 while sum(thread.name == "selfhost-fetch" for thread in threading.enumerate()) < 3:
-    time.sleep(0.01)
+    time.sleep(0.01 if time.monotonic() < limit else sys.exit("nothing is fetched"))
 print("fetching", flush=True)
 """
 
