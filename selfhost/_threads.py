@@ -55,7 +55,7 @@ def host_signals() -> Iterator[None]:
 
 
 def log_safely(
-    logger: logging.Logger, level: int, message: str, *args: object, exc_info: bool = False
+    logger: logging.Logger, level: int, message: str, *args: object, exc_info: bool | BaseException = False
 ) -> None:
     """Log from a thread that must go on: a filter or a handler of the host's that raises is not heard."""
     try:

@@ -62,7 +62,7 @@ class LeaderThreads(Generic[Job]):
         except RuntimeError as error:  # the system gives no more threads, or the interpreter exits
             if not self._count:
                 raise
-            logger.warning("going on with %d threads: %s", self._count, error)
+            log_safely(logger, logging.WARNING, "going on with %d threads: %s", self._count, error)
             return
         self._has_leader = True
         self._count += 1

@@ -11,7 +11,7 @@ same is noticed within a minute, and fetched again.
 Threads: one reads the discovery, and as many as are needed resolve, 16 at most. A model that was not tried
 yet goes before those that failed; it waits only while 16 others are being resolved at the same time. They are
 daemon threads that `close`, or the interpreter's exit, ends: what they fetch is given up at its next piece.
-The host's signals do not reach them, but a process that `on_change` launches.
+The host's signals do not reach them, but they do reach a process that `on_change` launches.
 Every method may be called from any thread. A forked child has none of the threads and is not to use the
 object: start a watcher after the fork.
 """
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from typing import Callable, Optional, Union
 
+from .._threads import log_safely
 from ..card.model_card import ModelDeploymentCard
 from ..discovery.base import Discovery, Event, RecordKey
 from ..errors import CardError, DiscoveryError, SelfHostError
@@ -215,11 +216,12 @@ class ModelWatcher:
         """Take a record's card in, or note why it is none."""
         try:
             self._groups.put(record, ModelDeploymentCard.from_record(text))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told as the record's failure
             if isinstance(error, CardError):
-                logger.warning("the record %s holds no usable card: %s", record, error)
+                log_safely(logger, logging.WARNING, "the record %s holds no usable card: %s", record, error)
             else:  # a defect: the next record may be as good as ever
-                logger.exception("reading the record %s failed unexpectedly", record)
+                what = "reading the record %s failed unexpectedly"
+                log_safely(logger, logging.ERROR, what, record, exc_info=True)
             self._groups.remove(record)
             self._unreadable[record] = _reason(error)
             self._news.add(self._unreadable_status(record))
@@ -257,7 +259,8 @@ class ModelWatcher:
         task.reason = "its card differs from the one that is served: " + "; ".join(
             differences[:_MAX_DIFFERENCES] + more
         )
-        logger.warning("%r of %s is not used: %s", place.group.name, next(iter(place.cards)), task.reason)
+        who = next(iter(place.cards))
+        log_safely(logger, logging.WARNING, "%r of %s is not used: %s", place.group.name, who, task.reason)
         self._news.add(self._status(task))
 
     # -------------------------------------------------------------- the resolving threads
@@ -319,22 +322,22 @@ class ModelWatcher:
         if task.state is ModelState.READY and task.model is not None:
             if not model.fetched and model.local_dir == task.model.local_dir:
                 return  # as it was
-            logger.warning(
-                "files of the model %r were gone or changed, fetched again: %s", name, model.fetched
-            )
+            what = "files of the model %r were gone or changed, fetched again: %s"
+            log_safely(logger, logging.WARNING, what, name, model.fetched)
         task.state, task.model, task.reason, task.failures = ModelState.READY, model, "", 0
-        logger.info("model %r is ready in %s", name, model.local_dir)
+        log_safely(logger, logging.INFO, "model %r is ready in %s", name, model.local_dir)
         self._news.add(self._status(task))
 
     def _fail(self, task: ModelTask, error: BaseException) -> None:
         name = task.configuration.group.name
         if not isinstance(error, SelfHostError):  # a defect, or the resolver was closed
-            logger.error("resolving %r failed unexpectedly", name, exc_info=error)
+            log_safely(logger, logging.ERROR, "resolving %r failed unexpectedly", name, exc_info=error)
         task.failures += 1
         task.state, task.model, task.reason = ModelState.FAILED, None, _reason(error)
         seconds = self._retry_seconds(task.failures)
         task.due = min(task.due, self._clock() + seconds)  # a new worker may have set one
-        logger.warning("model %r failed, next try in %.1f s: %s", name, seconds, task.reason)
+        what = "model %r failed, next try in %.1f s: %s"
+        log_safely(logger, logging.WARNING, what, name, seconds, task.reason)
         self._news.add(self._status(task))
 
     def _retry_seconds(self, failures: int) -> float:

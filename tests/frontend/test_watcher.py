@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -314,6 +315,31 @@ def test_callback_that_raises_is_logged(
         watcher.wait_ready("m", SECONDS)
 
     assert "on_change failed" in caplog.text
+
+
+def test_logs_that_raise_change_nothing(
+    watcher: ModelWatcher,
+    publish: Any,
+    statuses: Statuses,
+    resolver: FakeResolver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every state is told, and what fails is tried again, with a filter of the host's that raises."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(logging.getLogger("selfhost.frontend.watcher"), "filters", [fail])
+    resolver.hanging["m"] = None  # type: ignore[assignment]  # which cannot be waited for
+    publish(CARD)
+    statuses.wait_for(ModelState.FAILED)
+    del resolver.hanging["m"]
+    resolver.failing.add("m")
+    assert wait_until(lambda: "config.json" in statuses[-1].reason)
+    resolver.failing.clear()
+    statuses.wait_for(ModelState.READY)
+    publish(OTHER, 2)
+    statuses.wait_for(ModelState.QUARANTINED)
 
 
 def test_wait_ready_says_what_is_the_matter(
