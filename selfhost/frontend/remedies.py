@@ -60,6 +60,8 @@ hub: see that this host reaches the Hugging Face hub, that the repository is pub
     that into the local hub cache (HF_HUB_CACHE)
 hub not asked: put the file into the local hub cache (HF_HUB_CACHE), or allow the hub as well (--allow-hub,
     ask_hub=True)
+no huggingface_hub: install it (pip install 'selfhost[hf]'), or put the file into the local hub cache
+    (HF_HUB_CACHE)
 no card: give the URL that `selfhost serve` prints, .../v1/metadata/<slug>/_base
 a file's URL: add ?blake3=<hex digits of its checksum>, or give the URL of the card, .../<slug>/_base
 card refused: frontends refuse such a model: have it published with fewer files, smaller ones, or other names

@@ -27,7 +27,7 @@ PATH_SCHEME = ""  # the table's key for a path on a disk, which is no URL
 
 # What `FetchError.problem` may be, but for TLS.
 BAD_URL, NO_HTTP, ENCODED = "unusable URL", "no HTTP", "encoded answer"
-LOCAL_PATH, HUB, HUB_NOT_ASKED = "local path", "hub", "hub not asked"
+LOCAL_PATH, HUB, HUB_NOT_ASKED, NO_HUB_PACKAGE = "local path", "hub", "hub not asked", "no huggingface_hub"
 
 
 class Sink(Protocol):

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from ..card import url as urls
 from ..errors import FetchError, HTTPStatusError, SizeLimitExceeded, shown, shown_url
 from ..settings import FrontendSettings
-from .transport import BAD_URL, HUB, HUB_NOT_ASKED, FetchLimits, Sink
+from .transport import BAD_URL, HUB, HUB_NOT_ASKED, NO_HUB_PACKAGE, FetchLimits, Sink
 from .transport_file import PathLike, is_below, open_below, read_file
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ class HfTransport:
                 url,
                 f"what is not in the local cache {where} takes the optional package huggingface_hub, "
                 f"which cannot be imported ({err}): pip install 'selfhost[hf]'",
+                NO_HUB_PACKAGE,
             ) from err
 
 

@@ -98,7 +98,7 @@ def test_card_by_url(leaves_nothing: None, case: str) -> None:
         ("hf://..", {}, ("url", "unusable URL", "http(s)://")),
     ],
 )
-@pytest.mark.parametrize("status", [None, 404, 503])
+@pytest.mark.parametrize("status", [None, 404, 503])  # of the hub
 def test_files_elsewhere(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,8 +114,8 @@ def test_files_elsewhere(
         error.response = types.SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
         raise error
 
-    hub = None if status is None else types.SimpleNamespace(hf_hub_url=refuse)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)  # type: ignore[arg-type]
+    hub: Any = types.SimpleNamespace(hf_hub_url=refuse)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     options = {"hf_hub_cache": str(tmp_path), **options}
     if "file_roots" in options:
         options["file_roots"] = [str(tmp_path)]
@@ -123,6 +123,16 @@ def test_files_elsewhere(
 
     assert (step.name, step.problem) == found[:2]
     assert found[2] in step.remedy
+
+
+def test_without_the_package_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is to install it: whether this host reaches the hub is another matter."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # type: ignore[arg-type]
+    step = failed(make_card(FILES, "hf://org/name"), hf_hub_cache=str(tmp_path))
+
+    assert (step.name, step.problem) == ("answer", "no huggingface_hub")
+    assert "pip install 'selfhost[hf]'" in step.remedy
+    assert "HF_HUB_CACHE" in step.remedy
 
 
 # ------------------------------------------------------------------ tokens
