@@ -170,7 +170,7 @@ def tls_context(
             raise _unusable("ca_file", path, _reason(err)) from err
     if cert_file is not None:
         cert = _pem("cert_file", cert_file, _CERTIFICATE)
-        key = _pem("cert_file" if key_file is None else "key_file", key_file or cert_file, _KEY)
+        key = _pem("cert_file", cert_file, _KEY) if key_file is None else _pem("key_file", key_file, _KEY)
         try:
             context.load_cert_chain(cert, key, password=_refuse_to_ask)
         except (OSError, ValueError) as err:

@@ -506,6 +506,15 @@ def test_half_a_configuration(
     assert found in str(caught.value)
 
 
+def test_no_file_is_not_the_one_of_the_certificate(authority: trustme.CA, tmp_path: Path) -> None:
+    """A key that is given as an empty path is missing, whatever else holds one."""
+    both = tmp_path / "both"
+    both.write_bytes(authority.issue_cert("frontend.test").private_key_and_cert_chain_pem.bytes())
+
+    with pytest.raises(SettingsError, match=r"cannot use '' as key_file .*: No such file"):
+        tls_context(cert_file=both, key_file="")
+
+
 def _with_encrypted_key(cert: trustme.LeafCert) -> bytes:
     from cryptography.hazmat.primitives import serialization
 
