@@ -21,7 +21,8 @@ def choose_root(root: Optional[str], *, fsync: bool) -> tuple[Root, list[Root]]:
     """Return the root to write to, made if it is missing, and what to read from besides.
 
     None stands for the one of the environment. If that cannot be used, this process's private temporary root
-    takes its place; if it can be read, it is read from. Raises CacheError if a given root is unusable.
+    takes its place; if it can be read, it is read from. Raises CacheError if a given root is unusable,
+    SettingsError as FrontendSettings does.
     """
     if root is not None:
         return _usable(Root(root, fsync=fsync)), []
