@@ -10,7 +10,11 @@ import weakref
 from collections.abc import Iterator
 
 # What a thread's own instructions raise: blocked, it would end the process without a word of faulthandler.
-_FAULTS = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+# Not every system has all of them.
+_FAULTS = {
+    getattr(signal, name, None)
+    for name in ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
+}
 
 # By thread: what the host's had blocked that started it, or the one that started it.
 _starters: weakref.WeakKeyDictionary[threading.Thread, set[int | signal.Signals]] = (
@@ -29,8 +33,9 @@ def start_thread(thread: threading.Thread) -> None:
     if not hasattr(signal, "pthread_sigmask"):
         thread.start()
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
-    try:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:  # from here on: a handler of the host's may raise as soon as the mask has changed
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         _starters[thread] = _starters.get(threading.current_thread(), before)
         thread.start()
     finally:
@@ -41,13 +46,14 @@ def start_thread(thread: threading.Thread) -> None:
 def host_signals() -> Iterator[None]:
     """Call the host's code in such a thread: a program that it launches there can be ended by a signal.
 
-    A child process inherits the mask of the thread that made it.
+    A child process inherits the mask of the thread that made it. What has come, and waits because the host
+    has blocked it since, is not taken here.
     """
     mask = _starters.get(threading.current_thread())
     if mask is None:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, mask | signal.sigpending())
     try:
         yield
     finally:

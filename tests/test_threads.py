@@ -13,25 +13,76 @@ from helpers import TIMEOUT
 
 from selfhost._threads import host_signals, log_safely, start_thread
 
-# A host that blocks a signal after our thread has started, and fetches it when it suits.
+# A host that blocks a signal after our thread has started, is called by that, and fetches it when it suits.
 BLOCKING_HOST = """
 import os, signal, threading
-from selfhost._threads import start_thread
-end = threading.Event()
-start_thread(threading.Thread(target=end.wait, daemon=True))
+from selfhost._threads import host_signals, start_thread
+sent, called, end = threading.Event(), threading.Event(), threading.Event()
+def run():
+    sent.wait()
+    with host_signals():
+        called.set()
+    end.wait()
+start_thread(threading.Thread(target=run, daemon=True))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 os.kill(os.getpid(), signal.SIGTERM)
+sent.set()
+called.wait()
 print(signal.sigtimedwait({signal.SIGTERM}, 20).si_signo == signal.SIGTERM)
 """
 
 
 def test_host_gets_the_signals_that_it_waits_for() -> None:
     """A thread that has not blocked it would take it, and the process would end."""
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKING_HOST], capture_output=True, text=True, timeout=60, check=False
-    )
+    assert run_script(BLOCKING_HOST) == (0, "True\n", "")
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+def run_script(text: str) -> tuple[int, str, str]:
+    """Run a program, and return how it ended and what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+# Ctrl-C in the very moment in which the mask is set; in the main thread, where its handler raises.
+INTERRUPTED_HOST = """
+import signal, threading
+from selfhost._threads import start_thread
+set_mask = signal.pthread_sigmask
+def set_mask_and_interrupt(how, mask):
+    before = set_mask(how, mask)
+    if mask and how == signal.SIG_BLOCK:
+        raise KeyboardInterrupt
+    return before
+signal.pthread_sigmask = set_mask_and_interrupt
+try:
+    start_thread(threading.Thread(target=print))
+except KeyboardInterrupt:
+    print(set_mask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_host_that_is_interrupted_has_nothing_blocked() -> None:
+    """Its next Ctrl-C would not be heard."""
+    assert run_script(INTERRUPTED_HOST) == (0, "set()\n", "")
+
+
+# Windows has neither these signals nor masks.
+POOR_SYSTEM = """
+import signal, threading
+del signal.pthread_sigmask, signal.SIGBUS, signal.SIGTRAP, signal.SIGSYS
+from selfhost._threads import host_signals, start_thread
+def call():
+    with host_signals():
+        print("called")
+start_thread(threading.Thread(target=call))
+"""
+
+
+def test_system_without_masks() -> None:
+    """Threads are started as they are."""
+    assert run_script(POOR_SYSTEM) == (0, "called\n", "")
 
 
 def test_mask_of_the_starter_is_as_it_was() -> None:
