@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable, Optional
 
+from .._threads import host_signals, log_safely
 from .wanted import WantedBlob
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ class ProgressMeter:
             total_files=len(self._sizes),
         )
         try:
-            self._callback(progress)
-        except Exception:
+            with host_signals():
+                self._callback(progress)
+        except Exception:  # noqa: BLE001 - of the host's
             self._callback = None
-            logger.exception("the progress callback failed and is not called again")
+            what = "the progress callback failed and is not called again"
+            log_safely(logger, logging.ERROR, what, exc_info=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from typing import Optional
 
 import pytest
 
+from selfhost._threads import start_thread
 from selfhost.card.checksum import Checksum
 from selfhost.frontend.progress import Progress, ProgressMeter
 from selfhost.frontend.wanted import WantedBlob
@@ -92,6 +94,30 @@ def test_callback_that_fails_is_dropped(caplog: pytest.LogCaptureFixture) -> Non
 
     assert len(calls) == 1
     assert len(caplog.records) == 1
+
+
+def test_callback_is_called_with_the_hosts_signals() -> None:
+    """What it launches can be ended, though no signal reaches the threads that fetch."""
+    blocked: list[set[int]] = []
+
+    def note(*_: object) -> None:
+        blocked.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())})
+
+    meter = ProgressMeter([blob("f", 1)], note)
+
+    def fetch() -> None:
+        note()
+        meter.done(blob("f", 1), None)
+        note()
+
+    thread = threading.Thread(target=fetch)
+    start_thread(thread)
+    thread.join()
+    ours, hosts, again = blocked
+
+    assert {signal.SIGINT, signal.SIGTERM} <= ours
+    assert not {signal.SIGINT, signal.SIGTERM} & hosts
+    assert again == ours
 
 
 def test_interrupt_in_the_callback_passes() -> None:
