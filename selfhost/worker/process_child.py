@@ -197,7 +197,7 @@ class AskedLoop(EventLoop):
             super()._woken(now)
         else:
             self._wake_receiver.recv(1)  # this one: with another, it is closing by now
-            self.on_turn()
+        self.on_turn()
 
 
 class HostStates:

@@ -777,6 +777,30 @@ def test_process_that_turns_is_left_alone(
     assert client.rest() == b""
 
 
+def test_process_that_ends_gracefully_is_left_alone(
+    start_server: Any, connect: Any, serve_bytes: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    """It answers also while the last downloads finish, however long they may take."""
+    sent: list[str] = []
+    send = Channel.send
+
+    def note(channel: Channel, message: Message) -> None:
+        sent.extend(message.head)
+        send(channel, message)
+
+    monkeypatch.setattr(Channel, "send", note)
+    monkeypatch.setattr(process, "TURN_SECONDS", 0.01)
+    server = start_server()
+    client = connect(server, receive_buffer=65536).get(serve_bytes(LARGE * 40))
+    begin = client.read_some(1000)
+    stopping = threading.Thread(target=server.close, kwargs={"timeout": 60.0})
+    stopping.start()
+
+    assert wait_until(lambda: "stop" in sent and sent[sent.index("stop") :].count("turn") > 5)
+    assert (begin + client.rest()).endswith(LARGE)
+    stopping.join()
+
+
 # Says something, and hangs before it serves.
 HANGING_PROGRAM = """
 import socket, sys, time
