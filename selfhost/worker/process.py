@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # until it serves; a twentieth of a second unless the machine is overloaded
 HUNG_SECONDS = 20.0  # without an answer, and a process is replaced
+LATE_SECONDS = 1.0  # who looks so late for an answer was held up, and so may have been who is to give it
 TURN_SECONDS = 5.0  # from the answer that the loop turns to the next question
 END_SECONDS = 2.0  # more than a graceful end was given
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.1, 10.0  # before another launch, doubled each time
@@ -231,7 +232,15 @@ class ServerProcess:
             self._wake_receiver.recv(4096)
         for message in child.messages(ready):
             self._hear(message)
-        return time.monotonic() >= self._deadline()
+        return self._is_hung()
+
+    def _is_hung(self) -> bool:
+        """Tell whether the process has been silent for too long, while we, too, were not suspended, say."""
+        now = time.monotonic()
+        if now - self._deadline() > LATE_SECONDS:
+            self._answer_by = max(self._answer_by, now + HUNG_SECONDS)
+            self._turn_by = max(self._turn_by, now + HUNG_SECONDS)
+        return now >= self._deadline()
 
     def _deadline(self) -> float:
         return min(self._answer_by, self._turn_by, self._stop_at + END_SECONDS)

@@ -560,7 +560,9 @@ def test_killed_process_is_replaced(
 
     assert len(pids) == 3
     assert all(is_gone(pid) for pid in pids)
-    assert caplog.text.count("(signal 9); another takes its place") == 3
+    # The last words: where it was killed before its host heard that it serves.
+    ends = re.findall(r"\(signal 9\); another takes its place|cannot be relaunched: signal 9", caplog.text)
+    assert len(ends) == 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the sink is down"), SystemExit(1)])
@@ -731,6 +733,37 @@ def test_process_that_hangs_unnoticed_is_replaced(
     assert wait_until(lambda: is_gone(pid))
     assert get(server, "/live").status == 200
     assert f"{pid} has ended (it did not answer; signal 9); another takes its place" in caplog.text
+
+
+class Clock:
+    """A monotonic clock that can be set forward."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        """Return the seconds."""
+        return time.monotonic() + self.seconds
+
+
+def test_process_is_left_alone_after_all_were_suspended(
+    start_server: Any, get: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    """A host that goes on first, hours later, must not take the other's silence for a fault."""
+    clock = Clock()
+    monkeypatch.setattr(process, "time", clock)
+    monkeypatch.setattr(process, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(process, "HUNG_SECONDS", 2.0)
+    server = start_server()
+    pid, supervisor = pid_of(server), server._loop
+    os.kill(pid, signal.SIGSTOP)
+    assert wait_until(lambda: supervisor._turn_by < float("inf"))
+    monkeypatch.setattr(process, "HUNG_SECONDS", 600.0)
+    clock.seconds = 3600.0
+    assert wait_until(lambda: 300 < supervisor._turn_by - clock.monotonic() < 3000)
+    os.kill(pid, signal.SIGCONT)
+
+    assert get(server, "/live").status == 200
+    assert pid_of(server) == pid
 
 
 def test_loop_that_hangs_is_replaced(
