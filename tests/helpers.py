@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,19 @@ needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no ::1
 def open_descriptors() -> int:
     """Count the descriptors of this process."""
     return len(os.listdir("/dev/fd"))
+
+
+def wait_for_tick() -> None:
+    """Wait until the file system's clock moves on: two writes in one tick have one time stamp."""
+    with tempfile.TemporaryFile() as probe:
+        number = probe.fileno()
+        first = os.stat(number).st_mtime_ns
+
+        def has_ticked() -> bool:
+            os.utime(number)
+            return os.stat(number).st_mtime_ns > first
+
+        assert poll_until(has_ticked)
 
 
 def poll_until(condition: Callable[[], Any], seconds: float = TIMEOUT) -> bool:

@@ -10,13 +10,13 @@ import os
 import socket
 import stat
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from blake3 import blake3
+from helpers import wait_for_tick
 from werkzeug.test import Client
 
 from selfhost.card.checksum import MAX_FILE_BYTES
@@ -30,11 +30,6 @@ from selfhost.worker.server import SystemStatusServer
 MakeFile = Callable[[str, bytes], str]
 DATA = bytes(range(251)) * 2000  # half a megabyte: neither small nor sent in one piece
 PATH = "/v1/metadata/m/_base/f"
-
-
-def tick() -> None:
-    """Wait until the file system's clock moves on: two writes in one tick have one time stamp."""
-    time.sleep(0.02)
 
 
 def overwrite(path: str) -> None:
@@ -173,7 +168,7 @@ def test_change_while_it_is_read_is_refused(
         if not stat.S_ISREG(found.st_mode) or found.st_size != len(DATA):
             return found
         monkeypatch.undo()
-        tick()
+        wait_for_tick()
         mutate(path)
         return found
 
@@ -308,7 +303,7 @@ def test_held_file_outlives_its_name(make_file: MakeFile, touch: Callable[[str],
     """What becomes of the name, the mode or the links changes no byte of the open file."""
     path = make_file("f", DATA)
     content = pin_file(path, max_pinned_bytes=0)
-    tick()
+    wait_for_tick()
     touch(path)
 
     assert content.is_intact()
@@ -319,7 +314,7 @@ def test_changed_held_file_is_reported_once(make_file: MakeFile, caplog: pytest.
     """The operator is told which file it was and what to do, not at every request."""
     path = make_file("f", DATA)
     content = pin_file(path, max_pinned_bytes=0)
-    tick()
+    wait_for_tick()
     overwrite(path)
 
     assert [content.is_intact(), content.is_intact()] == [False, False]
@@ -332,7 +327,7 @@ def test_held_file_notices_a_change(make_file: MakeFile, mutate: Callable[[str],
     """No byte comes out of a file that is not what was hashed."""
     path = make_file("f", DATA)
     content = pin_file(path, max_pinned_bytes=0)
-    tick()
+    wait_for_tick()
     mutate(path)
 
     assert not content.is_intact()
@@ -349,7 +344,7 @@ def test_changed_held_file_is_an_error(
     path = make_file("f", DATA)
     server.registry.register("m", "_base", "f", pin_file(path, max_pinned_bytes=0))
     assert connect(server).get(PATH).answer().body == DATA
-    tick()
+    wait_for_tick()
     mutate(path)
     response = Client(MetadataApp(server.registry)).get(PATH)
     answer = connect(server).get(PATH).answer()
@@ -365,7 +360,7 @@ def test_app_aborts_when_a_held_file_changes(make_file: MakeFile, registry: Meta
     response = Client(MetadataApp(registry)).get(PATH, buffered=False)
     pieces = response.iter_encoded()
     first = next(pieces)
-    tick()
+    wait_for_tick()
     overwrite(path)
 
     assert DATA.startswith(first)
@@ -389,7 +384,7 @@ def test_server_aborts_when_a_held_file_changes(
     server.registry.register("m", "_base", "f", pin_file(path, max_pinned_bytes=0))
     client = connect(server, receive_buffer=4096).get(PATH)
     start = client.read_some(1000)
-    tick()
+    wait_for_tick()
     mutate(path)
     body = (start + client.rest()).partition(b"\r\n\r\n")[2]
 

@@ -6,13 +6,12 @@ import contextlib
 import errno
 import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from helpers import TIMEOUT, open_descriptors, poll_until
+from helpers import TIMEOUT, open_descriptors, poll_until, wait_for_tick
 from werkzeug.test import Client
 
 from selfhost.errors import RegistrationError
@@ -49,7 +48,7 @@ def path_of(folder: str, data: bytes) -> str:
 
 def overwrite(path: str, data: bytes = b"!") -> None:
     """Change the first bytes of a file in its place, with a new mtime, as its owner can."""
-    time.sleep(0.02)  # a tick of the file system's clock
+    wait_for_tick()
     os.chmod(path, 0o600)
     with open(path, "r+b") as file:
         file.write(data)
