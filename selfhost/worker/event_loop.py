@@ -87,7 +87,11 @@ class EventLoop:
 
     def start(self) -> None:
         """Serve on a thread of its own; RuntimeError where the system has none to give."""
-        start_thread(self._thread)
+        try:
+            start_thread(self._thread)
+        except BaseException:  # of a signal handler of the host's: then the thread runs
+            self.stop(0)
+            raise
 
     def stop(self, timeout: float) -> None:
         """End the thread, after at most `timeout` seconds for the answers on their way."""

@@ -14,8 +14,11 @@ from typing import Any, Callable
 import pytest
 from helpers import needs_ipv6
 
+from selfhost._threads import start_thread
 from selfhost.settings import ServerLimits
+from selfhost.worker import event_loop
 from selfhost.worker.access import Access
+from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'
@@ -442,6 +445,24 @@ def test_log_that_raises_about_a_token(
         file.write_text(text)
         now[0] += 1.0
         assert connect(server).get(target, f"Authorization: Bearer {token}").answer().status == 200
+
+
+def test_start_that_is_interrupted(monkeypatch: pytest.MonkeyPatch, leaves_nothing: None) -> None:
+    """A signal handler of the host's that raises in that moment leaves no thread behind."""
+    threads: list[threading.Thread] = []
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        threads.append(thread)
+        start_thread(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(event_loop, "start_thread", start_and_interrupt)
+    server = SystemStatusServer(MetadataArtifactRegistry())
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+
+    assert not threads[0].is_alive()
+    assert not server.is_running
 
 
 @pytest.fixture
