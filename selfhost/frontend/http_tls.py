@@ -174,7 +174,8 @@ def tls_context(
         try:
             context.load_cert_chain(cert, key, password=_refuse_to_ask)
         except (OSError, ValueError) as err:
-            raise _unusable("cert_file", cert, _reason(err)) from err
+            beside = "" if key_file is None else f"; its key_file is {shown(key)}"
+            raise _unusable("cert_file", cert, _reason(err) + beside) from err
     return context
 
 
@@ -212,10 +213,10 @@ def _refuse_to_ask() -> NoReturn:
 
 
 def _reason(err: Exception) -> str:
-    reason = getattr(err, "reason", None)  # of an SSLError
+    reason = getattr(err, "reason", "")  # of an SSLError; None where all it says is `PEM lib`
     if reason == "KEY_VALUES_MISMATCH":
         return "a key that belongs to another certificate"
-    return reason or _text(err)
+    return f"damaged PEM ({_text(err)})" if reason is None else reason or _text(err)
 
 
 def _unusable(variable: str, path: str, found: str) -> SettingsError:

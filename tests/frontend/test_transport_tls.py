@@ -475,16 +475,17 @@ def test_keys_are_never_logged(
         (
             {"cert_file": "chain", "key_file": "other"},
             "cert_file",
-            "a key that belongs to another certificate",
+            "a key that belongs to another certificate; its key_file is '",
         ),
+        ({"cert_file": "chain", "key_file": "torn"}, "cert_file", "/torn'"),
         ({"cert_file": "chain", "key_file": "missing"}, "key_file", "No such file or directory"),
         ({"cert_file": "chain", "key_file": "chain"}, "key_file", "no private key in it"),
         ({"cert_file": "locked"}, "cert_file", "the key is encrypted"),
-        ({"cert_file": "torn"}, "cert_file", "found: "),
+        ({"cert_file": "torn"}, "cert_file", "found: damaged PEM"),
         ({"ca_file": "empty"}, "ca_file", "no certificate in it (0 bytes)"),
         ({"ca_file": "missing"}, "ca_file", "No such file or directory"),
         ({"ca_file": "FIFO"}, "ca_file", "it is no regular file"),
-        ({"ca_file": "torn"}, "ca_file", "found: "),
+        ({"ca_file": "torn"}, "ca_file", "found: damaged PEM"),
     ],
 )
 def test_half_a_configuration(
