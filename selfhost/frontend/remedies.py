@@ -75,8 +75,8 @@ status 401: give the token of this origin (--token-file, DYN_MDC_TOKENS_FILE), o
 status 401, another origin: the token goes to the origin of the card's URL alone, and the files are at
     another: give the card's URL there, or a line `ORIGIN TOKEN` for theirs (DYN_MDC_TOKENS_FILE)
 status 403: see whether this origin wants a token (--token-file) or a client certificate (--cert)
-status 404: nothing is registered there: the model was withdrawn, or the worker was restarted; get a new
-    card
+status 404: nothing is registered there: the model was withdrawn, the worker was restarted (get a new card),
+    or the URL is another (where the index is on, .../v1/metadata lists what is served)
 status 404, not a card's URL: give the URL that `selfhost serve` prints, .../v1/metadata/<slug>/_base (where
     the index is on, .../v1/metadata lists what is served)
 status 3xx: redirects are not followed: use the URL that this one leads to

@@ -53,6 +53,7 @@ CASES = {
     "a slug alone": ("/v1/metadata/my_model", NOTHING, NO_CARD),
     "a name with a slash": ("/v1/metadata/my/model/_base", NOTHING, NO_CARD),
     "withdrawn": ("/v1/metadata/m/_base", NOTHING, ("answer", "status 404", "withdrawn")),
+    "another slug": ("/v1/metadata/n/_base", NOTHING, ("answer", "status 404", ".../v1/metadata lists")),
     "withdrawn, mounted": ("/a/b/v1/metadata/m/_base", NOTHING, ("answer", "status 404", "withdrawn")),
     "a file": ("/v1/metadata/m/_base/a.json", wire.ok(b"{}"), ("content", "a file's URL", "?blake3=")),
     "a page": ("/v1/metadata/m/_base/a", wire.ok(b"<!DOCTYPE html>"), ("content", "HTML page", "login")),
