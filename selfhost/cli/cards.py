@@ -128,7 +128,7 @@ def read_card(
 ) -> ModelDeploymentCard:
     """Read the card that `source` names.
 
-    Raises CardError for what is no card or too large to be one, OSError, FetchError.
+    Raises CardError for what is no card or too large to be one, OSError, FetchError, SettingsError.
     """
     from ..frontend.card_source import fetch_card, parse_card
 
