@@ -186,7 +186,6 @@ class Connection:
             self.close()
             return
         if not self._received:
-            self.since = now
             self.deadline = now + limits.idle_seconds
         elif not self._in_head:  # from its first byte on: dripping wins no time
             self._in_head = True
@@ -306,6 +305,7 @@ class Connection:
         self._content = self._sealed = None
         self._position = self._end = 0
         if not self._close_after:
+            self.since = now
             return True
         if self._linger_bytes:
             self._linger(now)

@@ -204,6 +204,25 @@ def test_slow_head_is_older_than_an_idle_client(start_server: Any, connect: Any,
     assert quick.get("/nothing").answer().status == 404
 
 
+def test_client_that_has_begun_to_ask_again_has_waited_since_its_answer(
+    start_server: Any, connect: Any
+) -> None:
+    """A head of which a part came with the one before does not make its client the oldest."""
+    server = start_server(limits=ServerLimits(max_connections=2))
+    busy = connect(server).get("/nothing")
+    assert busy.answer().status == 404
+    time.sleep(0.01)  # those who come in one turn of the loop are equally old
+    idle = connect(server).get("/nothing")
+    assert idle.answer().status == 404
+    time.sleep(0.01)
+    head = b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert busy.send(head + head[:9]).answer().status == 404
+
+    assert connect(server).get("/nothing").answer().status == 404
+    assert idle.rest() == b""
+    assert busy.send(head[9:]).answer().status == 404
+
+
 def test_full_house(start_server: Any, connect: Any, serve_bytes: Any, wait_until: Any) -> None:
     """While every place is taken by a download, newcomers are told to come back, downloads go on."""
     server, target = start_server(limits=ServerLimits(max_connections=2)), serve_bytes(HUGE)
