@@ -325,4 +325,4 @@ class Shared:
         self._owner = None
         self._unsaid = []
         self._unneeded = set()
-        self._replica.store.lock = threading.Lock()
+        self._replica.store.lock = threading.RLock()

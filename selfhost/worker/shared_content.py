@@ -172,7 +172,7 @@ class ContentStore:
 
     def __init__(self, folder: SharedFolder) -> None:
         self.folder = folder
-        self.lock = threading.Lock()  # for arithmetic and dictionary work only
+        self.lock = threading.RLock()  # for arithmetic and dictionary work; a signal handler may come within
         self._known: weakref.WeakValueDictionary[str, SharedContent] = weakref.WeakValueDictionary()
         self._kept_bytes = 0
         self._given: deque[int] = deque()  # room given back by finalizers, which must not wait for a lock

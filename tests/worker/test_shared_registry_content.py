@@ -200,13 +200,38 @@ def test_one_object_per_content(
             if not threads:
                 threads.append(threading.Thread(target=lambda: found.append(store.get("0" * 64, 7))))
                 threads[0].start()
-                assert poll_until(lambda: bool(found) or store.lock.locked(), TIMEOUT)
+                assert poll_until(lambda: bool(found) or store.lock._is_owned(), TIMEOUT)
 
     monkeypatch.setattr(shared_content, "SharedContent", Interrupted)
     content = store.get("0" * 64, 7)
     threads[0].join()
 
     assert found == [content]
+
+
+def test_registering_within_a_registration(
+    registry: MetadataArtifactRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler of the host's comes at any moment, and must not wait for what it has interrupted."""
+    make = SharedContent.__init__
+
+    def make_and_interrupt(*args: Any) -> None:
+        monkeypatch.undo()
+        make(*args)
+        registry.register("n", "_base", "f", pin_bytes(b"inner"))
+
+    monkeypatch.setattr(SharedContent, "__init__", make_and_interrupt)
+    thread = threading.Thread(
+        target=registry.register, args=("m", "_base", "f", pin_bytes(b"outer")), daemon=True
+    )
+    thread.start()
+    thread.join(TIMEOUT)
+
+    assert not thread.is_alive()
+    assert [content_of(registry, f"/v1/metadata/{slug}/_base/f").read(0, 5) for slug in "mn"] == [
+        b"outer",
+        b"inner",
+    ]
 
 
 def test_file_that_is_registered_is_not_removed(
