@@ -63,8 +63,12 @@ def host_signals() -> Iterator[None]:
 def log_safely(
     logger: logging.Logger, level: int, message: str, *args: object, exc_info: bool | BaseException = False
 ) -> None:
-    """Log from a thread that must go on: a filter or a handler of the host's that raises is not heard."""
+    """Log from a thread that must go on: a filter or a handler of the host's that raises is not heard.
+
+    One that would end the program ends the host's own threads alone.
+    """
     try:
         logger.log(level, message, *args, exc_info=exc_info, stacklevel=2)
-    except Exception:  # noqa: BLE001 - there is nobody left to tell
-        pass
+    except BaseException as error:  # there is nobody left to tell
+        if not isinstance(error, Exception) and threading.current_thread() not in _starters:
+            raise

@@ -171,3 +171,32 @@ def test_broken_handler_is_not_heard(caplog: pytest.LogCaptureFixture) -> None:
         log_safely(logger, logging.WARNING, "then %s", "this")
     finally:
         logger.removeHandler(broken)
+
+
+class Ending(logging.Handler):
+    """A host's handler that ends its program."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """End it."""
+        sys.exit(1)
+
+
+def test_handler_that_ends_the_program() -> None:
+    """It ends no thread of ours, and is not kept from ending the host's."""
+    logger, ending, went_on = logging.getLogger("selfhost.test_threads"), Ending(), threading.Event()
+
+    def run() -> None:
+        log_safely(logger, logging.ERROR, "this")
+        went_on.set()
+
+    logger.addHandler(ending)
+    try:
+        thread = threading.Thread(target=run)
+        start_thread(thread)
+        thread.join()
+        with pytest.raises(SystemExit):
+            run()
+    finally:
+        logger.removeHandler(ending)
+
+    assert went_on.is_set()
