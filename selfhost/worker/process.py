@@ -166,7 +166,7 @@ class ServerProcess:
         try:
             while not self._closing.wait(delay):
                 launched_at = time.monotonic()
-                with contextlib.suppress(BaseException):  # of a log handler that would end the program
+                with contextlib.suppress(BaseException):  # whatever it is, the next process may do better
                     self._serve_once()
                 if not self._has_served:
                     break

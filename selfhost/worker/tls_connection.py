@@ -70,9 +70,7 @@ class TlsPort:
             self._is_stale = False
             log_safely(logger, logging.INFO, "new clients get the changed certificate %r", self._files.cert)
         except SettingsError as error:
-            self._is_stale = (
-                True  # read at each look: what is missing, a descriptor say, may be no part of them
-            )
+            self._is_stale = True  # read at each look: what is missing may be no part of the stamps
             level = logging.WARNING if has_changed else logging.DEBUG  # one warning for each change
             log_safely(logger, level, "the last good certificate stays in use: %s", error)
 
