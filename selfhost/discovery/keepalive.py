@@ -26,7 +26,11 @@ class KeepAlive:
 
     def start(self) -> None:
         """Start the thread; RuntimeError where the system has none to give."""
-        start_thread(self._thread)
+        try:
+            start_thread(self._thread)
+        except BaseException:  # of a signal handler of the host's: then the thread runs
+            self._stopped.set()
+            raise
 
     def stop(self, timeout: float = 2.0) -> None:
         """Tell the thread to end and wait for it up to `timeout` seconds (it may hang on a dead disk)."""

@@ -13,7 +13,8 @@ from typing import Callable
 import pytest
 from helpers import TIMEOUT
 
-from selfhost.discovery import Bucket, FileDiscovery, RecordKey
+from selfhost._threads import start_thread
+from selfhost.discovery import Bucket, FileDiscovery, RecordKey, keepalive
 from selfhost.discovery.keepalive import KeepAlive
 from selfhost.errors import DiscoveryError
 
@@ -41,6 +42,22 @@ def test_thread_is_there_only_while_something_is_published(store: FileDiscovery)
     assert keep_alive_threads() == []
     store.publish(Bucket.MODELS, KEY, "{}")
     assert len(keep_alive_threads()) == 1
+
+
+def test_start_that_is_interrupted(
+    store: FileDiscovery, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """A signal handler of the host's that raises in that moment leaves no thread behind."""
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start_thread(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keepalive, "start_thread", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.publish(Bucket.MODELS, KEY, "{}")
+
+    eventually(lambda: keep_alive_threads() == [])
 
 
 def test_no_thread_to_be_had_is_an_error(
