@@ -53,7 +53,7 @@ def main() -> None:
 
 def measure(options: Any, scratch: Path, stack: contextlib.ExitStack) -> dict[str, list[Figures]]:
     """Measure every host, idle and under load, and print the table."""
-    load = servers.Load(servers.compile_load(scratch), None)
+    load = servers.Load(servers.compile_c("load", scratch / "load"), None)
     folder = scratch / "model"
     write_demo_model(str(folder))
     support.make_file(folder / "large.json", SIZE)

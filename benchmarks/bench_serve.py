@@ -1,5 +1,7 @@
 """Serving metadata files: ours against the real Dynamo worker's route, nginx and WSGI servers, in one run.
 
+A server in C that does nothing but answer (limit.c) runs along: what it reaches is what the machine allows.
+
     python benchmarks/bench_serve.py --dynamo-python DYNAMO/bin/python
 
 Every server runs in a process of its own on one processor, the load generator (load.c, compiled by cc at
@@ -42,13 +44,14 @@ from support import AtLeast, AtMost, Goal
 from selfhost.demo_model import write_demo_model
 
 FILES = {"small.json": 1_000, "medium.json": 500_000, "large.json": 17_000_000}
-DEFAULT_SERVERS = "embedded,process,gunicorn,dynamo,nginx"
+DEFAULT_SERVERS = "embedded,process,gunicorn,dynamo,nginx,limit"
 EMBEDDED = ("embedded", "process")
 NAMES = {
     "embedded": "ours, embedded",
     "process": "ours, a process of its own",
     "gunicorn": "ours, gunicorn gthread",
     "waitress": "ours, waitress",
+    "limit": "limit (C)",
 }
 
 
@@ -107,7 +110,7 @@ class Bench:
         self._scratch = scratch
         self._stack = stack
         self._processor, generator = (None, None) if options.no_pin else support.two_processors()
-        self._load = servers.Load(servers.compile_load(scratch), generator)
+        self._load = servers.Load(servers.compile_c("load", scratch / "load"), generator)
         self._folder = scratch / "model"
         write_demo_model(str(self._folder))
         for name, size in FILES.items():
@@ -140,6 +143,8 @@ class Bench:
         head = support.pin(self._processor)
         if name == "dynamo":
             return servers.dynamo(self._options.dynamo_python, self._folder, scratch, head, spin=spin)
+        if name == "limit":
+            return servers.limit(self._folder, list(FILES), scratch, head)
         if name in ("nginx", "gunicorn"):
             starters = {"nginx": servers.nginx, "gunicorn": servers.gunicorn}
             return starters[name](self._folder, scratch, head)

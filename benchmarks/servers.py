@@ -205,6 +205,14 @@ def nginx(folder: Path, scratch: Path, head: list[str]) -> Server:
     return server
 
 
+def limit(folder: Path, names: Sequence[str], scratch: Path, head: list[str]) -> Server:
+    """Start limit.c, which shows what the machine allows."""
+    program = compile_c("limit", scratch.with_suffix(".program"))
+    server = Server("limit", [*head, str(program), *(str(folder / name) for name in names)], scratch)
+    server.port = int(server.read_line("ready ")[1])
+    return server
+
+
 def dynamo(
     python: str, folder: Path, scratch: Path, head: list[str], *, spin: bool = False, pace: bool = False
 ) -> Server:
@@ -231,10 +239,9 @@ def dynamo(
     return server
 
 
-def compile_load(scratch: Path) -> Path:
-    """Compile load.c and return the program."""
-    program = scratch / "load"
-    subprocess.run(["cc", "-O2", "-o", str(program), str(HERE / "load.c")], check=True)
+def compile_c(name: str, program: Path) -> Path:
+    """Compile a C file of this folder and return the program."""
+    subprocess.run(["cc", "-O2", "-o", str(program), str(HERE / f"{name}.c")], check=True)
     return program
 
 
