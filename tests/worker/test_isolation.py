@@ -28,7 +28,7 @@ from selfhost.worker import process, process_launch, process_mirror
 from selfhost.worker.access import Access
 from selfhost.worker.content import MAX_SEALED_FILES, pin_bytes
 from selfhost.worker.process_channel import Channel, Message
-from selfhost.worker.process_child import STALE_SECONDS, HostStates
+from selfhost.worker.process_child import NICENESS, STALE_SECONDS, HostStates
 from selfhost.worker.process_mirror import Mirror
 from selfhost.worker.registry import MetadataArtifactRegistry
 from selfhost.worker.server import SystemStatusServer
@@ -543,6 +543,18 @@ def test_process_that_cannot_start(
 
 
 # ------------------------------------------------------------------ ends and restarts
+
+
+def test_host_goes_first(start_server: Any, get: Any) -> None:
+    """The process is nicer than its host, also where Linux shares processors out to sessions first."""
+    server = start_server()
+    assert get(server, "/live").status == 200
+    pid, mine = pid_of(server), os.getpriority(os.PRIO_PROCESS, 0)
+
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, mine + NICENESS)
+    group = Path(f"/proc/{pid}/autogroup")
+    text = group.read_text() if group.exists() else ""
+    assert not text or text.endswith(f" nice {NICENESS}\n")
 
 
 def test_killed_process_is_replaced(
