@@ -25,6 +25,7 @@ from selfhost.card.checksum import Checksum
 from selfhost.card.model_card import ModelDeploymentCard
 from selfhost.card.slots import ModelSlot
 
+AT_ONCE = 2.5  # seconds, on a machine that is busy; who waits for a slow client waits for its time-out
 TIMEOUT = 10.0  # seconds; for what takes milliseconds unless it is broken
 
 

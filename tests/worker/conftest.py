@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import trustme
-from helpers import TIMEOUT, poll_until
+from helpers import AT_ONCE, TIMEOUT, poll_until
 
 import selfhost
 from selfhost.card.checksum import Checksum
@@ -383,6 +384,24 @@ def connect_tls(connect: Any, client_tls: ssl.SSLContext) -> Callable[..., RawCl
         return client
 
     return connect_to
+
+
+@pytest.fixture
+def serves_another(connect: Any, connect_tls: Any, serve_bytes: Any) -> Callable[[SystemStatusServer], bool]:
+    """Return a function that makes five requests as a client that means well, each within moments."""
+    body = b'{"a": 1}'
+    target = serve_bytes(body, "other.json")
+
+    def serve(server: SystemStatusServer) -> bool:
+        for _ in range(5):
+            started = time.monotonic()
+            client = (connect_tls if server.scheme == "https" else connect)(server).get(target)
+            assert client.answer().body == body
+            client.close()
+            assert time.monotonic() - started < AT_ONCE
+        return True
+
+    return serve
 
 
 # ------------------------------------------------------------------ registries that processes share

@@ -23,24 +23,6 @@ from selfhost.worker.server import SystemStatusServer
 
 SMALL = b'{"a": 1}'
 HUGE = os.urandom(2_000_000) * 6  # more than the kernel's buffers take
-AT_ONCE = 2.5  # seconds, on a machine that is busy; who waits for a slow client waits for its time-out
-
-
-@pytest.fixture
-def serves_another(connect: Any, serve_bytes: Any) -> Callable[[SystemStatusServer], bool]:
-    """Return a function that makes five requests as a client that means well, each within moments."""
-    target = serve_bytes(SMALL, "other.json")
-
-    def serve(server: SystemStatusServer) -> bool:
-        for _ in range(5):
-            started = time.monotonic()
-            client = connect(server).get(target)
-            assert client.answer().body == SMALL
-            client.close()
-            assert time.monotonic() - started < AT_ONCE
-        return True
-
-    return serve
 
 
 # ------------------------------------------------------------------ slow and silent

@@ -896,7 +896,7 @@ def test_children_of_a_busy_parent_do_not_hang(run_script: Any) -> None:
         for _ in range(150):
             child = os.fork()
             if not child:
-                signal.alarm(5)  # a child that waits for a lock would wait for ever
+                signal.alarm(30)  # a child that waits for a lock would wait for ever
                 found = registry.get("m", "_base", "f")
                 with registry.register("c", "_base", "f", pin_bytes(b"in the child")):
                     ok = found.content.read(0, 6) == b"before" and registry.get("c", "_base", "f")

@@ -451,7 +451,7 @@ def test_forks_beside_busy_threads_do_not_hang(run_script: Any, folder: str) -> 
         for _ in range(60):
             child = os.fork()
             if not child:
-                signal.alarm(10)  # a child that waits for a lock would wait for ever
+                signal.alarm(30)  # a child that waits for a lock would wait for ever
                 found = registry.get("m", "_base", "f")
                 with registry.register("c", "_base", "f", pin_bytes(b"in the child")):
                     ok = found.content.read(0, 6) == b"before" and registry.get("c", "_base", "f")
