@@ -409,7 +409,7 @@ def test_odd_connection_is_not_used_again(
     assert len({request.connection for request in origin.requests}) == len(files)
 
 
-@pytest.mark.parametrize("name", ["late_endless_rest", "late_garbage", "late_reset_in_header"])
+@pytest.mark.parametrize("name", ["late_endless_rest", "late_garbage"])
 def test_rest_that_comes_late(
     rude_origin: StartOrigin, files: dict[str, bytes], resolver: MetadataResolver, name: str
 ) -> None:
